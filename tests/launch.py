@@ -4,7 +4,7 @@
         ...
         return value                            # picklable
 
-    values = parallel_launch(body, 4, "extra")  # [value of rank 0, ...]; raises RankFailed with every traceback
+    values = parallel_launch(body, 4, "extra")  # one value a rank; RankFailed with every traceback
 
 To watch the ranks, or to kill one in the middle, hold the launch:
 
@@ -12,17 +12,20 @@ To watch the ranks, or to kill one in the middle, hold the launch:
         ranks.wait_for("mapped")                # every rank has called ctx.say("mapped")
         ranks.kill(1)                           # SIGKILL, or kill(1, signal.SIGSTOP)
         ranks.tell("go")                        # ctx.hear("go") returns in every rank
-        outcomes = ranks.join()                 # [Outcome, ...]: value or error, traceback, exit code; raises nothing
+        outcomes = ranks.join()                 # [Outcome, ...]: value or error, exit code; raises only
+                                                # when a rank does not end within the deadline
 
-`ctx.rank`, `ctx.world_size` and `ctx.tmp` (a directory all ranks share) are there for the body. The default process
-group is gloo over the loopback, rendezvous by a TCPStore that rank 0 hosts (`rendezvous="tcp"`), by a file
-(`"file"`), or none at all (`"none"`: no torch import). The children start from a fork server that has imported torch
-once, so a launch costs tens of milliseconds; SIDP_TEST_START=spawn gives fresh interpreters instead. The environment
-of the caller is copied into the children at the launch (so monkeypatch.setenv works); stdout and stderr are inherited.
+`ctx.rank`, `ctx.world_size` and `ctx.tmp` (a directory all ranks share) are there for the body. The default
+process group is gloo over the loopback, rendezvous by a TCPStore that rank 0 hosts (`rendezvous="tcp"`), by a
+file (`"file"`), or none at all (`"none"`: no torch import). The children start from a fork server that has
+imported torch once, so a launch costs tens of milliseconds; SIDP_TEST_START=spawn gives fresh interpreters
+instead. The caller's environment is copied into the children at the launch (so monkeypatch.setenv works);
+stdout and stderr are inherited.
 """
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import multiprocessing
 import os
@@ -32,10 +35,11 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 _START = os.environ.get("SIDP_TEST_START", "forkserver")
 _processes = multiprocessing.get_context(_START)
@@ -45,16 +49,14 @@ if _START == "forkserver":
 
 @dataclass
 class Outcome:
-    """How one rank ended. `error` is the exception's class name ("" where none), `exitcode` is -signal if killed."""
+    """How one rank ended. `error` is the exception's class name, "" where none; `exitcode` -signal if killed."""
 
     rank: int
     value: Any = None
     error: str = ""
     message: str = ""
     traceback: str = ""
-    attributes: dict[str, Any] = field(
-        default_factory=dict
-    )  # plain attributes of the exception, such as rank
+    attributes: dict[str, Any] = field(default_factory=dict)  # the exception's plain ones, e.g. rank
     exitcode: int | None = None
     finished: bool = False  # the body returned or raised; False where the process died before
 
@@ -126,7 +128,7 @@ def _rank_main(body, rank, world_size, tmp, pipe, env, rendezvous, backend, time
     os.environ.clear()
     os.environ.update(env)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
-    stacks = open(Path(tmp) / f"stacks.{rank}", "w")
+    stacks = open(Path(tmp) / f"stacks.{rank}", "w")  # noqa: SIM115 (must stay open for the signal handler)
     faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
     ctx = Context(rank, world_size, Path(tmp), pipe)
     failed = False
@@ -200,13 +202,11 @@ class Launch:
 
     def tell(self, word: str, value: Any = None, ranks: list[int] | None = None) -> None:
         for rank in range(self.world_size) if ranks is None else ranks:
-            try:
+            with contextlib.suppress(OSError):  # that rank is gone; its outcome says so
                 self._pipes[rank].send((word, value))
-            except OSError:
-                pass  # that rank is gone; its outcome says so
 
     def wait_for(self, word: str, ranks: list[int] | None = None) -> list[Any]:
-        """Waits until these ranks (default: all) have said `word`; their values. RankFailed if one ends before."""
+        """Waits until these ranks (default: all) have said `word`; their values. RankFailed if one ends first."""
         wanted = list(range(self.world_size)) if ranks is None else ranks
         while not all(word in self._said[rank] for rank in wanted):
             for rank in wanted:
@@ -230,7 +230,7 @@ class Launch:
             self._outcomes[rank].exitcode = process.exitcode
         return self._outcomes
 
-    # -- inside ------------------------------------------------------------------------------------------------
+    # -- inside ---------------------------------------------------------------------------------------------
 
     def _all_ended(self) -> bool:
         return all(out.finished or rank not in self._open for rank, out in enumerate(self._outcomes))
@@ -329,7 +329,7 @@ def parallel_launch(
     backend: str = "gloo",
     **kwargs: Any,
 ) -> list[Any]:
-    """Runs `body(ctx, *args, **kwargs)` on every rank and returns their values; RankFailed if any raised or died."""
+    """Runs `body(ctx, *args, **kwargs)` on every rank and returns the values; RankFailed if any failed."""
     with start(
         body, world_size, *args, timeout=timeout, rendezvous=rendezvous, backend=backend, **kwargs
     ) as ranks:

@@ -7,7 +7,6 @@ import signal
 import time
 
 import pytest
-
 from launch import RankFailed, parallel_launch, start
 
 
