@@ -1,0 +1,139 @@
+// The Python module: errors, the pure core, and what each part binds for itself.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "error.hpp"
+#include "placement.hpp"
+#include "schedule.hpp"
+
+namespace py = pybind11;
+
+namespace sidp {
+
+void bind_p2p(py::module_& module);
+void bind_ffn_cache(py::module_& module);
+
+namespace {
+
+// The classes live in Python (sidp.errors), so that they exist where the extension does not.
+void set_python_error(const char* name, const Error& error) {
+  py::object type = py::module_::import("sidp.errors").attr(name);
+  py::set_error(type, error.what());
+}
+
+void translate(std::exception_ptr pointer) {
+  try {
+    if (pointer) std::rethrow_exception(pointer);
+  } catch (const PeerError& error) {
+    py::object type = py::module_::import("sidp.errors").attr("PeerError");
+    py::object value = type(error.what(), error.rank());
+    PyErr_SetObject(type.ptr(), value.ptr());
+  } catch (const ConfigError& error) {
+    set_python_error("ConfigError", error);
+  } catch (const LayoutError& error) {
+    set_python_error("LayoutError", error);
+  } catch (const PoolClosedError& error) {
+    set_python_error("PoolClosedError", error);
+  } catch (const Error& error) {
+    set_python_error("SidpError", error);
+  }
+}
+
+TensorLayout make_tensor(std::string name, std::uint64_t rows, std::uint64_t cols, std::uint64_t element_bytes,
+                         const std::string& split, std::uint64_t groups) {
+  TensorLayout tensor{std::move(name), rows, cols, element_bytes, Split::none, groups};
+  SIDP_REQUIRE(split == "none" || split == "rows" || split == "cols", ConfigError, "split of tensor '", tensor.name,
+               "' must be 'none', 'rows' or 'cols', got '", split, "'");
+  if (split != "none") tensor.split = split == "rows" ? Split::rows : Split::cols;
+  return tensor;
+}
+
+PlacementKind placement_kind(const std::string& name) {
+  SIDP_REQUIRE(name == "layer" || name == "striped", ConfigError, "placement must be 'layer' or 'striped', got '", name,
+               "'");
+  return name == "layer" ? PlacementKind::layer : PlacementKind::striped;
+}
+
+void bind_core(py::module_& m) {
+  py::class_<TensorLayout>(m, "TensorLayout")
+      .def(py::init(&make_tensor), py::arg("name"), py::arg("rows"), py::arg("cols"), py::arg("element_bytes"),
+           py::arg("split"), py::arg("groups"))
+      .def_readonly("name", &TensorLayout::name)
+      .def_readonly("offset", &TensorLayout::offset)
+      .def_property_readonly("bytes", &TensorLayout::bytes);
+  py::class_<Piece>(m, "Piece")
+      .def_readonly("tensor", &Piece::tensor)
+      .def_readonly("row", &Piece::row)
+      .def_readonly("rows", &Piece::rows)
+      .def_readonly("col", &Piece::col)
+      .def_readonly("cols", &Piece::cols)
+      .def_readonly("offset", &Piece::offset);
+  py::class_<UnitLayout>(m, "UnitLayout")
+      .def(py::init<std::vector<TensorLayout>>())
+      .def_property_readonly("tensors", &UnitLayout::tensors)
+      .def_property_readonly("bytes", &UnitLayout::bytes);
+  py::class_<Extent>(m, "Extent")
+      .def_readonly("owner", &Extent::owner)
+      .def_readonly("offset", &Extent::offset)
+      .def_readonly("bytes", &Extent::bytes)
+      .def_readonly("pieces", &Extent::pieces);
+  py::class_<CopyOp>(m, "CopyOp")
+      .def_readonly("owner", &CopyOp::owner)
+      .def_readonly("source", &CopyOp::source)
+      .def_readonly("target", &CopyOp::target)
+      .def_readonly("width", &CopyOp::width)
+      .def_readonly("height", &CopyOp::height)
+      .def_readonly("source_pitch", &CopyOp::source_pitch)
+      .def_readonly("target_pitch", &CopyOp::target_pitch);
+  py::class_<Placement>(m, "Placement")
+      .def(py::init([](const std::string& kind, std::vector<UnitLayout> units, int world_size, int resident_layers) {
+             return Placement(placement_kind(kind), std::move(units), world_size, resident_layers);
+           }),
+           py::arg("kind"), py::arg("units"), py::arg("world_size"), py::arg("resident_layers") = 0)
+      .def("owner", &Placement::owner)
+      .def("cycle", &Placement::cycle)
+      .def("resident", &Placement::resident)
+      .def("local", &Placement::local)
+      .def("share", &Placement::share, py::return_value_policy::reference_internal)
+      .def("copies", &Placement::copies)
+      .def("arena_bytes", &Placement::arena_bytes)
+      .def("unit", &Placement::unit, py::return_value_policy::reference_internal)
+      .def_property_readonly("replicated_bytes", &Placement::replicated_bytes)
+      .def_property_readonly("largest_unit_bytes", &Placement::largest_unit_bytes);
+  py::class_<FetchSchedule>(m, "FetchSchedule")
+      .def(py::init<const Placement&, int, int, bool>(), py::arg("placement"), py::arg("rank"), py::arg("slots"),
+           py::arg("peak_shifting") = true)
+      .def_property_readonly("order", &FetchSchedule::order)
+      .def_property_readonly("num_remote", &FetchSchedule::num_remote)
+      .def_property_readonly("slots", &FetchSchedule::slots)
+      .def("layer", &FetchSchedule::layer)
+      .def("remote_index", &FetchSchedule::remote_index)
+      .def("slot", &FetchSchedule::slot);
+  py::class_<Fetch>(m, "Fetch")
+      .def_readonly("ticket", &Fetch::ticket)
+      .def_property_readonly("after",
+                             [](const Fetch& f) { return f.after == kNever ? py::none() : py::object(py::int_(f.after)); })
+      .def_readonly("index", &Fetch::index)
+      .def_readonly("slot", &Fetch::slot);
+  py::class_<FetchQueue>(m, "FetchQueue")
+      .def(py::init<const FetchSchedule&>(), py::keep_alive<1, 2>())
+      .def("next", &FetchQueue::next)
+      .def("expected_index", &FetchQueue::expected_index)
+      .def("restart", [](FetchQueue& queue, int index, const std::vector<std::int64_t>& last_use) {
+        std::vector<std::uint64_t> uses;
+        for (std::int64_t use : last_use) uses.push_back(use < 0 ? kNever : static_cast<std::uint64_t>(use));
+        return queue.restart(index, uses);
+      });
+  m.def("default_slots", &default_slots, py::arg("placement"), py::arg("rank"), py::arg("peak_shifting") = true);
+}
+
+}  // namespace
+}  // namespace sidp
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native core of sidp. Pointers and streams cross as integers; see _C.pyi.";
+  py::register_exception_translator(&sidp::translate);
+  sidp::bind_core(m);
+  sidp::bind_p2p(m);
+  sidp::bind_ffn_cache(m);
+}

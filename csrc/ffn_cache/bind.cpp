@@ -1,0 +1,80 @@
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <atomic>
+#include <memory>
+#include <utility>
+
+#include "ring.hpp"
+
+namespace py = pybind11;
+
+namespace sidp {
+
+namespace {
+
+using cache::Ring;
+using cache::RingOptions;
+using cache::Source;
+using cache::TraceEvent;
+
+std::unique_ptr<Ring> make_ring(const Placement& placement, int rank,
+                                const std::vector<std::pair<std::uintptr_t, std::uintptr_t>>& sources,
+                                std::uintptr_t dead_rank, int slots, bool peak_shifting, bool poison,
+                                double link_bytes_per_s, double owner_bytes_per_s) {
+  std::vector<Source> list;
+  for (const auto& [extents, egress_clock] : sources)
+    list.push_back({reinterpret_cast<const std::byte*>(extents), reinterpret_cast<std::uint64_t*>(egress_clock)});
+  RingOptions options;
+  options.slots = slots;
+  options.peak_shifting = peak_shifting;
+  options.poison = poison;
+  options.limits = {link_bytes_per_s, owner_bytes_per_s};
+  return std::make_unique<Ring>(placement, rank, std::move(list), reinterpret_cast<const std::atomic<int>*>(dead_rank),
+                                options);
+}
+
+const char* kind_name(TraceEvent::Kind kind) {
+  switch (kind) {
+    case TraceEvent::Kind::fetch:
+      return "fetch";
+    case TraceEvent::Kind::compute:
+      return "compute";
+    case TraceEvent::Kind::stall:
+      return "stall";
+  }
+  return "?";
+}
+
+py::list trace_list(Ring& ring) {
+  py::list list;
+  for (const TraceEvent& event : ring.trace().events())
+    list.append(py::make_tuple(kind_name(event.kind), event.layer, event.slot, event.begin, event.end));
+  return list;
+}
+
+}  // namespace
+
+void bind_ffn_cache(py::module_& m) {
+  py::class_<cache::RingStats>(m, "RingStats")
+      .def_readonly("fetches", &cache::RingStats::fetches)
+      .def_readonly("fetched_bytes", &cache::RingStats::fetched_bytes)
+      .def_readonly("stalls", &cache::RingStats::stalls)
+      .def_readonly("stall_seconds", &cache::RingStats::stall_seconds)
+      .def_readonly("restarts", &cache::RingStats::restarts);
+  py::class_<Ring>(m, "Ring")
+      .def(py::init(&make_ring), py::arg("placement"), py::arg("rank"), py::arg("sources"), py::arg("dead_rank"),
+           py::arg("slots"), py::arg("peak_shifting") = true, py::arg("poison") = false,
+           py::arg("link_bytes_per_s") = 0.0, py::arg("owner_bytes_per_s") = 0.0)
+      .def("acquire", &Ring::acquire, py::arg("layer"), py::arg("timeout_s"), py::call_guard<py::gil_scoped_release>())
+      .def("release", &Ring::release, py::arg("layer"))
+      .def("stop", &Ring::stop, py::call_guard<py::gil_scoped_release>())
+      .def("slot_address", [](const Ring& ring, int slot) { return reinterpret_cast<std::uintptr_t>(ring.slot_address(slot)); })
+      .def_property_readonly("bytes", &Ring::bytes)
+      .def_property_readonly("schedule", &Ring::schedule, py::return_value_policy::reference_internal)
+      .def("stats", &Ring::stats)
+      .def("start_trace", [](Ring& ring, std::size_t capacity) { ring.trace().start(capacity); }, py::arg("capacity"))
+      .def("trace", &trace_list);
+}
+
+}  // namespace sidp
