@@ -49,7 +49,8 @@ if _START == "forkserver":
 
 @dataclass
 class Outcome:
-    """How one rank ended. `error` is the exception's class name, "" where none; `exitcode` -signal if killed."""
+    """How one rank ended. `error` is the exception's class name, "" where none; `exitcode` -signal if
+    killed."""
 
     rank: int
     value: Any = None
@@ -206,7 +207,8 @@ class Launch:
                 self._pipes[rank].send((word, value))
 
     def wait_for(self, word: str, ranks: list[int] | None = None) -> list[Any]:
-        """Waits until these ranks (default: all) have said `word`; their values. RankFailed if one ends first."""
+        """Waits until these ranks (default: all) have said `word`; their values. RankFailed if one ends
+        first."""
         wanted = list(range(self.world_size)) if ranks is None else ranks
         while not all(word in self._said[rank] for rank in wanted):
             for rank in wanted:
