@@ -59,6 +59,9 @@ void bind_core(py::module_& m) {
       .def(py::init(&make_tensor), py::arg("name"), py::arg("rows"), py::arg("cols"), py::arg("element_bytes"),
            py::arg("split"), py::arg("groups"))
       .def_readonly("name", &TensorLayout::name)
+      .def_readonly("rows", &TensorLayout::rows)
+      .def_readonly("cols", &TensorLayout::cols)
+      .def_readonly("element_bytes", &TensorLayout::element_bytes)
       .def_readonly("offset", &TensorLayout::offset)
       .def_property_readonly("bytes", &TensorLayout::bytes);
   py::class_<Piece>(m, "Piece")
@@ -132,6 +135,11 @@ void bind_core(py::module_& m) {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native core of sidp. Pointers and streams cross as integers; see _C.pyi.";
+#ifdef NDEBUG
+  m.attr("debug_build") = false;
+#else
+  m.attr("debug_build") = true;
+#endif
   py::register_exception_translator(&sidp::translate);
   sidp::bind_core(m);
   sidp::bind_p2p(m);

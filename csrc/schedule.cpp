@@ -44,8 +44,12 @@ void FetchSchedule::rotate_window(const Placement& placement, int begin, int end
 int default_slots(const Placement& placement, int rank, bool peak_shifting) {
   int remote = 0;
   for (int layer = 0; layer < placement.num_layers(); ++layer) remote += placement.local(layer, rank) ? 0 : 1;
+  const int most = std::max(1, remote / 2);
   const bool rotated = placement.kind() == PlacementKind::layer && peak_shifting;
-  return std::min(rotated ? placement.world_size() + 1 : 3, std::max(1, remote / 2));
+  const int wanted = rotated ? placement.world_size() * 3 / 2 : 3;
+  for (int slots = wanted; slots <= std::min(most, 2 * wanted); ++slots)
+    if (remote % slots == 0 || remote % slots >= wanted) return slots;
+  return std::min(wanted, most);
 }
 
 FetchQueue::FetchQueue(const FetchSchedule& schedule)

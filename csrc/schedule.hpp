@@ -47,9 +47,12 @@ class FetchSchedule {
   std::vector<int> window_end_;
 };
 
-// Slots that hide every fetch that takes no longer than a layer's compute, and still free memory: `striped` needs one slot
-// in use, one ready and one filling. `layer` with peak shifting needs a cycle and two more, because the last layer of a
-// cycle is fetched before the first ones on most ranks. Never more than half of the remote layers (or one).
+// The number of slots that hides fetches at little memory. `striped` needs one slot in use, one ready and one filling.
+// `layer` with peak shifting takes a cycle and a half: most ranks fetch the last layers of a cycle before its first ones,
+// so a plain cycle stalls even when the link is fast enough, and a second whole cycle buys little
+// (tests/core/test_schedule.py simulates it). Where the slots do not divide the remote layers, the last ones of a forward
+// share slots with the first ones of the next, only N mod S uses apart; slots are added until that is far enough too.
+// Never more than half of the remote layers (or one).
 int default_slots(const Placement& placement, int rank, bool peak_shifting);
 
 // One entry of the fetch queue: bring remote `index` into `slot` for use number `ticket`, once the slot's previous use,

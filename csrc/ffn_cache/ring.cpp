@@ -6,6 +6,7 @@
 #include <cstring>
 #include <utility>
 
+#include "../atomics.hpp"
 #include "../error.hpp"
 
 namespace sidp::cache {
@@ -31,6 +32,7 @@ Ring::Ring(const Placement& placement, int rank, std::vector<Source> sources, co
       engine_(std::move(sources), rank, options.limits),
       dead_rank_(dead_rank),
       poison_(options.poison),
+      activity_(options.activity),
       slot_stride_(0),
       words_(options.slots),
       queue_(schedule_),
@@ -104,6 +106,7 @@ bool Ring::claim(int index, std::uint64_t& ticket) {
     emptied_.notify();
   }
   ticket = next_ticket_++;
+  if (activity_ != nullptr) store_relaxed(activity_, next_ticket_);
   hold.count = 1;
   hold.ticket = ticket;
   last_use_[slot] = ticket;

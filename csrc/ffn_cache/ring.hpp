@@ -26,6 +26,7 @@ struct RingOptions {
   bool peak_shifting = true;
   bool poison = false;  // fill a slot with NaN before it is fetched into again
   CopyLimits limits;
+  std::uint64_t* activity = nullptr;  // counts uses, for peers that wait for this rank to finish
 };
 
 struct RingStats {
@@ -87,6 +88,7 @@ class Ring {
   CopyEngine engine_;
   const std::atomic<int>* dead_rank_;
   bool poison_;
+  std::uint64_t* activity_;
   std::uint64_t slot_stride_;
   std::byte* memory_ = nullptr;
   std::vector<SlotWords> words_;

@@ -4,6 +4,7 @@
 // One word, one writer. The owner of an arena writes its header; peers only read it (they map the page read-only).
 //   identity block   written once, before the handle is published; never changes
 //   phase            the owner's pool; only grows (store_release after what it announces, load_acquire before)
+//   activity         the owner's ring: counts uses of remote layers, so that a peer that has finished sees work going on
 //   heartbeat        the owner's watcher thread, about every 100 ms; a change means "runs", nothing else
 // After the header page come the areas, each starting on a page of its own:
 //   extents          the owner writes them while loading, before phase committed; peers read them after it
@@ -57,12 +58,14 @@ struct ArenaHeader {
   // Live words, each on a cache line of its own.
   alignas(128) std::uint32_t phase;
   alignas(128) std::uint64_t heartbeat;
+  alignas(128) std::uint64_t activity;
 };
 
 static_assert(offsetof(ArenaHeader, token) == 32, "layout is shared between processes");
 static_assert(offsetof(ArenaHeader, extents) == 64, "layout is shared between processes");
 static_assert(offsetof(ArenaHeader, phase) == 128, "layout is shared between processes");
 static_assert(offsetof(ArenaHeader, heartbeat) == 256, "layout is shared between processes");
+static_assert(offsetof(ArenaHeader, activity) == 384, "layout is shared between processes");
 static_assert(sizeof(ArenaHeader) <= 4096, "the header is one page");
 
 }  // namespace sidp

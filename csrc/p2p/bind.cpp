@@ -4,6 +4,7 @@
 
 #include <memory>
 
+#include "atomics.hpp"
 #include "error.hpp"
 #include "p2p/memory_limit.hpp"
 #include "p2p/peer_watch.hpp"
@@ -79,6 +80,7 @@ void bind_arenas(py::module_& m) {
       .def_property_readonly("mailboxes", [](const ShmArena& arena) { return address(arena.mailboxes()); })
       .def_property_readonly("extent_bytes", [](const ShmArena& arena) { return arena.layout().extents.bytes; })
       .def_property_readonly("mailbox_bytes", [](const ShmArena& arena) { return arena.layout().mailboxes.bytes; })
+      .def_property_readonly("activity", [](const ShmArena& arena) { return address(&arena.header()->activity); })
       .def_property_readonly("total_bytes", [](const ShmArena& arena) { return arena.layout().total_bytes; })
       .def_property_readonly("phase", [](const ShmArena& arena) { return phase_name(arena.phase()); })
       .def("set_phase", [](ShmArena& arena, const std::string& name) { arena.set_phase(phase_from(name)); })
@@ -101,6 +103,7 @@ void bind_arenas(py::module_& m) {
       .def_property_readonly("mailboxes", [](const PeerMapping& mapping) { return address(mapping.mailboxes()); })
       .def_property_readonly("extent_bytes", &PeerMapping::extent_bytes)
       .def_property_readonly("mailbox_bytes", &PeerMapping::mailbox_bytes)
+      .def_property_readonly("activity", [](const PeerMapping& mapping) { return load_relaxed(&mapping.header()->activity); })
       .def_property_readonly("phase", [](const PeerMapping& mapping) { return phase_name(mapping.phase()); })
       .def("close", &PeerMapping::close, NoGil())
       .def_property_readonly("closed", &PeerMapping::closed);

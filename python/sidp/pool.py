@@ -1,0 +1,414 @@
+"""The pool: FFN weights kept once in a group, every layer reachable from every rank."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from ._native import C
+from .config import FFNSpec, PoolConfig, Unit
+from .control import ControlPlane
+from .errors import ConfigError, PoolClosedError, SidpError
+from .memory import host_bytes
+from .shares import Index, Shares, unit_layout, unit_views
+from .stats import PoolStats
+from .transport import LocalMemory, ShmTransport
+
+logger = logging.getLogger(__name__)
+
+
+class WeightPool:
+    """Collective: the FFN weights of ``specs``, kept once in ``group``.
+
+    The ranks agree on specs and config here, before anything is allocated; then every rank calls ``load`` for each layer, and
+    all of them ``commit``. Afterwards ranks are independent until ``close``.
+
+    Args:
+        specs: one FFNSpec (or Unit) per layer.
+        group: a torch.distributed process group; None takes the default group, or a group of one where torch.distributed
+            is not initialised.
+        config: how the pool behaves.
+
+    Raises:
+        ConfigError: a bad argument, or ranks that disagree.
+        PeerError: a rank died or did not come within ``config.timeout_s``.
+    """
+
+    def __init__(self, specs: Sequence[FFNSpec | Unit], group=None, config: PoolConfig | None = None):
+        self.config = config = PoolConfig() if config is None else config
+        self._control = ControlPlane(group, config.timeout_s)
+        self._closed = False
+        self._committed = False
+        self._tensors: list[dict[str, torch.Tensor]] = []
+        self._ring = None
+        try:
+            self.units = _units(specs)
+            self._formulas = [unit.formula for unit in self.units]
+            self._check_config()
+            self._agree()
+            self._plan()
+            self._transport = self._open_transport()
+        except SidpError as error:
+            self._control.fail(error)
+            self._control.close()
+            raise
+        self._shares = Shares(self.units, self.placement, self._plan_rank, self._transport.extents())
+        self._calls = {"local": 0, "was": 0, "cas": 0}
+
+    @property
+    def rank(self) -> int:
+        return self._control.rank
+
+    @property
+    def world_size(self) -> int:
+        return self._control.world_size
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.units)
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    def formula(self, layer: int) -> FFNSpec | None:
+        """The layer's FFNSpec; None where it was given as a Unit without one."""
+        return self._formulas[self._check_layer(layer)]
+
+    # ---- construction -------------------------------------------------------------------------------------------------
+
+    def _check_config(self) -> None:
+        config, world, layers = self.config, self.world_size, self.num_layers
+        self.device = _device(config.device)
+        if config.mode == "cas":
+            raise ConfigError(
+                "mode='cas' needs the CaS server, which this version does not have yet: use 'was' or 'auto'"
+            )
+        if config.host_tier:
+            raise ConfigError("host_tier=True needs the CUDA backend: leave it False on the CPU")
+        if config.resident_layers > layers:
+            raise ConfigError(
+                f"resident_layers={config.resident_layers} is more than the {layers} layers of the pool"
+            )
+        pooled = layers - config.resident_layers
+        if config.placement == "layer" and config.mode != "local" and world > pooled > 0:
+            raise ConfigError(
+                f"a group of {world} ranks is larger than the {pooled} layers to pool: with placement='layer' every rank owns "
+                f"at least one; use a smaller group, fewer resident_layers or placement='striped'"
+            )
+
+    def _agree(self) -> None:
+        """Every rank sees every rank's specs and config, and names the first difference."""
+        mine = {
+            "specs": [_describe(unit) for unit in self.units],
+            "config": {name: str(value) for name, value in self.config.shared_fields().items()},
+        }
+        replies = self._control.exchange("agree", json.dumps(mine).encode())
+        first = json.loads(replies[0])
+        for rank, reply in enumerate(replies):
+            difference = _difference(first, json.loads(reply))
+            if difference:
+                raise ConfigError(
+                    f"rank 0 and rank {rank} disagree on {difference}: give all ranks the same specs and config"
+                )
+
+    def _plan(self) -> None:
+        """Chooses placement and slots, and decides whether pooling pays at all."""
+        config, world = self.config, self.world_size
+        layouts = [unit_layout(unit) for unit in self.units]
+        self.reason = ""
+        self._plan_rank, plan_world = self.rank, world
+        self.slots = 0
+        if world == 1:
+            self.reason = "the group has one rank"
+        elif config.mode == "local":
+            self.reason = "mode='local' was asked for"
+        elif config.resident_layers == self.num_layers:
+            self.reason = "all layers are resident"
+        else:
+            self._choose_slots(C.Placement(config.placement, layouts, world, config.resident_layers))
+        if self.reason:
+            self._plan_rank, plan_world = 0, 1
+            logger.info("sidp: weights stay local on every rank: %s", self.reason)
+        self.active = not self.reason
+        resident = config.resident_layers if self.active else 0
+        self.placement = C.Placement(config.placement, layouts, plan_world, resident)
+
+    def _choose_slots(self, placement) -> None:
+        config = self.config
+        remote = [
+            sum(not placement.local(layer, rank) for layer in range(self.num_layers))
+            for rank in range(self.world_size)
+        ]
+        self.slots = config.slots or C.default_slots(placement, self.rank, config.peak_shifting)
+        if config.slots is not None and config.slots > max(remote):
+            raise ConfigError(
+                f"slots={config.slots} is out of range: a rank reaches {max(remote)} layers remotely, so 1 ... {max(remote)} "
+                f"slots make sense"
+            )
+        saved = []
+        for rank in range(self.world_size):
+            slots = config.slots or C.default_slots(placement, rank, config.peak_shifting)
+            saved.append(
+                placement.replicated_bytes
+                - placement.arena_bytes(rank)
+                - slots * placement.largest_unit_bytes
+            )
+        # An explicit number of slots is an explicit wish to pool; only the automatic choice may decline.
+        if config.slots is None and sum(saved) <= 0:
+            self.reason = (
+                f"pooling would free nothing: a share and {self.slots} ring slot(s) take as much as the "
+                f"{placement.replicated_bytes} bytes of the weights themselves"
+            )
+            self.slots = 0
+
+    def _open_transport(self):
+        if not self.active:
+            return LocalMemory(self.placement.arena_bytes(self._plan_rank))
+        return ShmTransport(
+            self._control, [self.placement.arena_bytes(rank) for rank in range(self.world_size)]
+        )
+
+    # ---- loading ------------------------------------------------------------------------------------------------------
+
+    def owns(self, layer: int) -> bool:
+        """Whether this rank keeps any bytes of ``layer``, so that loading it here has an effect."""
+        return self.placement.share(self._check_layer(layer), self._plan_rank).bytes > 0
+
+    def wants(self, layer: int, name: str) -> list[Index]:
+        """The index ranges of tensor ``name`` of ``layer`` that this rank keeps; empty where it keeps none."""
+        return self._shares.wants(self._check_layer(layer), name)
+
+    def load(self, layer: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Gives the weights of ``layer``; only this rank's share is kept (copied).
+
+        Args:
+            tensors: every tensor of the layer by name: "gate", "up", "down" (Linear layout, [out, in]), "gate_bias", ...
+
+        Raises:
+            LayoutError: a name, shape or dtype that the layer's spec does not have.
+            ConfigError: no such layer, loaded twice, or after commit().
+        """
+        self._check_loadable(layer)
+        self._shares.load(layer, tensors)
+
+    def load_tensor(self, layer: int, name: str, tensor: torch.Tensor) -> None:
+        """``load`` for one tensor, for loaders that read one at a time."""
+        self._check_loadable(layer)
+        self._shares.load_tensor(layer, name, tensor)
+
+    def load_slice(self, layer: int, name: str, index: Index, tensor: torch.Tensor) -> None:
+        """``load`` for one of the ranges that ``wants(layer, name)`` names, for loaders that read slices of files."""
+        self._check_loadable(layer)
+        self._shares.load_slice(layer, name, index, tensor)
+
+    def _check_loadable(self, layer: int) -> None:
+        self._check_open()
+        self._check_layer(layer)
+        if self._committed:
+            raise ConfigError(
+                f"load({layer}, ...) after commit(): weights are fixed then; make a new pool for new weights"
+            )
+
+    # ---- commit -------------------------------------------------------------------------------------------------------
+
+    def commit(self) -> None:
+        """Collective: exchange handles, map the peers' arenas, start prefetching. Call it once, after loading."""
+        self._check_open()
+        if self._committed:
+            raise ConfigError("commit() was called already: once is enough")
+        try:
+            self._shares.check_complete()
+            if self.active:
+                self._transport.connect()
+                self._ring = self._make_ring()
+                self._control.barrier("committed")
+        except SidpError as error:
+            self._control.fail(error)
+            self._tear_down()
+            raise
+        self._tensors = [self._views(layer) for layer in range(self.num_layers)]
+        self._modes = ["local" if self._is_local(layer) else "was" for layer in range(self.num_layers)]
+        self._committed = True
+
+    def _make_ring(self):
+        return C.Ring(
+            self.placement,
+            self.rank,
+            slots=self.slots,
+            peak_shifting=self.config.peak_shifting,
+            **self._transport.ring_arguments(),
+        )
+
+    def _is_local(self, layer: int) -> bool:
+        return self.placement.local(layer, self._plan_rank)
+
+    def _views(self, layer: int) -> dict[str, torch.Tensor]:
+        if self._is_local(layer):
+            return self._shares.whole_unit(layer)
+        schedule = self._ring.schedule
+        slot = schedule.slot(schedule.remote_index(layer))
+        layout = self.placement.unit(layer)
+        memory = host_bytes(self._ring.slot_address(slot), layout.bytes, self._ring)
+        return unit_views(self.units[layer], layout.tensors, memory, 0)
+
+    # ---- use ----------------------------------------------------------------------------------------------------------
+
+    def tensors(self, layer: int) -> dict[str, torch.Tensor]:
+        """Views of the layer's weights at their static addresses. Read them only between acquire and release."""
+        self._check_committed()
+        return self._tensors[self._check_layer(layer)]
+
+    def acquire(self, layer: int) -> dict[str, torch.Tensor]:
+        """Waits until the layer's weights are here and returns ``tensors(layer)``; pair it with ``release(layer)``.
+
+        Raises:
+            PeerError: a rank of the group died, or the bytes did not come within ``config.timeout_s``.
+            PoolClosedError: the pool is closed.
+        """
+        if not self._committed or self._closed:
+            self._check_committed()
+        self._check_layer(layer)
+        if self._ring is not None:
+            self._ring.acquire(layer, self.config.timeout_s)
+        self._calls[self._modes[layer]] += 1
+        self._last = layer
+        return self._tensors[layer]
+
+    def release(self, layer: int) -> None:
+        """Hands the layer's slot back, so that the next fetch into it may start."""
+        if self._ring is not None:
+            self._ring.release(layer)
+
+    def _check_layer(self, layer: int) -> int:
+        if not isinstance(layer, int) or not 0 <= layer < len(self.units):
+            raise ConfigError(
+                f"layer {layer!r} does not exist: the pool has layers 0 ... {len(self.units) - 1}"
+            )
+        return layer
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise PoolClosedError("the pool is closed: its weights are gone; make a new pool")
+
+    def _check_committed(self) -> None:
+        self._check_open()
+        if not self._committed:
+            raise ConfigError(
+                "the pool is not committed yet: load every layer, then call commit() on all ranks"
+            )
+
+    # ---- observation --------------------------------------------------------------------------------------------------
+
+    def stats(self) -> PoolStats:
+        """What the pool has done since commit()."""
+        replicated = self.placement.replicated_bytes
+        owned = self.placement.arena_bytes(self._plan_rank)
+        ring_bytes = 0 if self._ring is None else self._ring.bytes
+        stats = PoolStats(
+            rank=self.rank,
+            world_size=self.world_size,
+            active=self.active,
+            reason=self.reason,
+            replicated_bytes=replicated,
+            owned_bytes=owned,
+            ring_bytes=ring_bytes,
+            freed_bytes=replicated - owned - ring_bytes,
+            slots=self.slots,
+            calls=dict(self._calls),
+        )
+        if sum(self._calls.values()):
+            stats.last_mode = self._modes[self._last]
+            stats.last_mode_reason = (
+                "the layer is here" if stats.last_mode == "local" else "weights are fetched ahead of use"
+            )
+        if self._ring is not None:
+            ring = self._ring.stats()
+            stats.fetches, stats.fetched_bytes = ring.fetches, ring.fetched_bytes
+            stats.stalls, stats.stall_seconds, stats.restarts = ring.stalls, ring.stall_seconds, ring.restarts
+        return stats
+
+    def start_trace(self, capacity: int = 100_000) -> None:
+        """Records what the ring does from now on, at most ``capacity`` events."""
+        self._check_committed()
+        if self._ring is not None:
+            self._ring.start_trace(capacity)
+
+    def trace(self) -> list[tuple[str, int, int, float, float]]:
+        """(kind, layer, slot, begin, end) since start_trace(); kind is "fetch", "compute" or "stall", times in seconds."""
+        return [] if self._ring is None else self._ring.trace()
+
+    # ---- end ----------------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Collective, bounded and idempotent: serves the others until all have closed or died, then frees the memory."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            if self._committed and self.active:
+                self._transport.serve_until_all_closed()
+        finally:
+            self._tear_down()
+
+    def _tear_down(self) -> None:
+        self._closed = True
+        if self._ring is not None:
+            self._ring.stop()
+        self._tensors = []
+        self._ring = None
+        self._transport.close()
+        self._control.close()
+
+    def __enter__(self) -> WeightPool:
+        return self
+
+    def __exit__(self, kind, value, traceback) -> None:
+        if value is None:
+            self.close()
+        elif not self._closed:
+            # The others must not wait for a rank that is on its way out.
+            self._transport.mark_failed()
+            self._tear_down()
+
+
+def _units(specs: Sequence[FFNSpec | Unit]) -> list[Unit]:
+    units = []
+    for layer, spec in enumerate(specs):
+        if not isinstance(spec, (FFNSpec, Unit)):
+            raise ConfigError(f"specs[{layer}] must be an FFNSpec or a Unit, got {type(spec).__name__}")
+        units.append(spec if isinstance(spec, Unit) else spec.unit())
+    if not units:
+        raise ConfigError("specs is empty: give one FFNSpec per layer")
+    return units
+
+
+def _describe(unit: Unit) -> list:
+    return [[t.name, list(t.shape), str(t.dtype), t.split, t.groups] for t in unit.tensors] + [
+        str(unit.formula)
+    ]
+
+
+def _difference(a: dict, b: dict) -> str:
+    """In words, where two ranks' specs and config differ; empty where they do not."""
+    if len(a["specs"]) != len(b["specs"]):
+        return f"the number of layers ({len(a['specs'])} and {len(b['specs'])})"
+    for layer, (x, y) in enumerate(zip(a["specs"], b["specs"], strict=True)):
+        if x != y:
+            return f"layer {layer} ({x} and {y})"
+    for name in a["config"]:
+        if a["config"][name] != b["config"].get(name):
+            return f"config.{name} ({a['config'][name]} and {b['config'].get(name)})"
+    return ""
+
+
+def _device(device) -> torch.device:
+    chosen = torch.device("cpu" if device is None else device)
+    if chosen.type != "cpu":
+        raise ConfigError(
+            f"device={device!r}: this build has the CPU backend only; use device='cpu' or leave it out"
+        )
+    return chosen

@@ -1,0 +1,155 @@
+"""Where a rank's share lives and how the peers' shares are reached."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+
+import torch
+
+from ._native import C
+from .control import ControlPlane
+from .errors import ConfigError
+from .memory import host_bytes
+
+logger = logging.getLogger(__name__)
+
+# First page of the mailbox area: the word by which readers of a capped owner take turns (see docs/protocol.md).
+_EGRESS_BYTES = 4096
+_POLL_S = 0.005
+
+
+class LocalMemory:
+    """A share that nobody else reads: groups of one, and pools that keep everything local."""
+
+    def __init__(self, nbytes: int):
+        self._memory = torch.empty(nbytes, dtype=torch.uint8)
+
+    def extents(self) -> torch.Tensor:
+        return self._memory
+
+    def mark_failed(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+
+class ShmTransport:
+    """One arena in POSIX shared memory, and the peers' arenas mapped read-only.
+
+    Args:
+        control: the group's control plane.
+        extent_bytes: every rank's extent area, by rank.
+    """
+
+    def __init__(self, control: ControlPlane, extent_bytes: list[int]):
+        control.require_one_host()
+        self._control = control
+        self._extent_bytes = extent_bytes
+        self._arena = C.ShmArena(
+            rank=control.rank,
+            world_size=control.world_size,
+            token=control.token,
+            extent_bytes=extent_bytes[control.rank],
+            mailbox_bytes=_EGRESS_BYTES,
+        )
+        control.watch.attach_own(self._arena)
+        self._mappings: dict[int, object] = {}
+
+    def extents(self) -> torch.Tensor:
+        return host_bytes(self._arena.extents, self._extent_bytes[self._control.rank], self._arena)
+
+    def connect(self) -> None:
+        """Collective: maps every peer's arena; afterwards no name leads to any of them."""
+        control = self._control
+        self._arena.set_phase("committed")
+        handles = control.exchange("arena", self._arena.handle())
+        for rank, handle in enumerate(handles):
+            if rank == control.rank:
+                continue
+            self._mappings[rank] = C.PeerMapping(
+                handle=handle,
+                rank=rank,
+                world_size=control.world_size,
+                token=control.token,
+                extent_bytes=self._extent_bytes[rank],
+                mailbox_bytes=_EGRESS_BYTES,
+            )
+            control.watch.attach(self._mappings[rank])
+        control.barrier("mapped")
+        self._arena.unlink()
+
+    def ring_arguments(self) -> dict:
+        """What the ring needs of the transport: sources by rank, the liveness word, and what keeps them alive."""
+        owners = [
+            self._arena if rank == self._control.rank else self._mappings[rank]
+            for rank in range(self._control.world_size)
+        ]
+        return {
+            "sources": [(owner.extents, owner.mailboxes) for owner in owners],
+            "dead_rank": self._control.watch.dead_word,
+            "keep": (owners, self._control.watch),
+            "activity": self._arena.activity,
+            **_ring_settings(),
+        }
+
+    def serve_until_all_closed(self) -> None:
+        """Keeps this rank's memory there until every peer has finished, failed or died.
+
+        Gives up on peers that have used no layer for the timeout: they keep what they have mapped.
+        """
+        self._arena.set_phase("finished")
+        timeout = self._control.timeout_s
+        activity, since = None, time.monotonic()
+        while waiting := [rank for rank in self._mappings if not self._is_done(rank)]:
+            now = [self._mappings[rank].activity for rank in waiting]
+            if now != activity:
+                activity, since = now, time.monotonic()
+            if time.monotonic() - since > timeout:
+                logger.warning(
+                    "sidp: ranks %s neither used the pool nor closed it for %g s; closing without them",
+                    waiting,
+                    timeout,
+                )
+                return
+            time.sleep(_POLL_S)
+
+    def _is_done(self, rank: int) -> bool:
+        return (
+            self._mappings[rank].phase in ("finished", "closed", "failed")
+            or self._control.watch.state(rank) == "dead"
+        )
+
+    def mark_failed(self) -> None:
+        self._arena.set_phase("failed")
+
+    def close(self) -> None:
+        # The memory itself goes when the last view of it does; nothing names it any more.
+        self._control.watch.detach()
+        self._arena.set_phase("closed")
+        self._arena.unlink()
+        self._mappings = {}
+        self._arena = None
+
+
+def _rate(variable: str) -> float:
+    """Bytes per second from an environment variable in GB/s; 0 means no cap."""
+    text = os.environ.get(variable, "0")
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = -1.0
+    if not 0 <= rate < float("inf"):
+        raise ConfigError(f"environment variable {variable}={text!r}: expected GB/s, 0 for no cap")
+    return rate * 1e9
+
+
+def _ring_settings() -> dict:
+    poison = os.environ.get("SIDP_POISON")
+    return {
+        "poison": C.debug_build if poison is None else poison == "1",
+        "link_bytes_per_s": _rate("SIDP_CPU_LINK_GBPS"),
+        "owner_bytes_per_s": _rate("SIDP_CPU_OWNER_GBPS"),
+    }
