@@ -100,8 +100,8 @@ def require_one_host(identities: Sequence[Identity]) -> None:
     for rank, other in enumerate(identities):
         if other.boot_id != first.boot_id:
             raise ConfigError(
-                f"rank 0 runs on {first.host}, rank {rank} on {other.host}: a pool spans one host; pass group= "
-                f"a process group of the ranks of one host"
+                f"rank 0 runs on {first.host}, rank {rank} on {other.host}: a pool spans one host; pass "
+                f"group= a process group of the ranks of one host"
             )
         if other.uid != first.uid:
             raise ConfigError(
