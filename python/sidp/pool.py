@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -43,6 +43,7 @@ class WeightPool:
         self._closed = False
         self._committed = False
         self._tensors: list[dict[str, torch.Tensor]] = []
+        self._on_close: list[Callable[[], None]] = []
         self._ring = None
         try:
             self.units = _units(specs)
@@ -354,8 +355,15 @@ class WeightPool:
         finally:
             self._tear_down()
 
+    def on_close(self, callback: Callable[[], None]) -> None:
+        """Calls ``callback()`` when the pool closes or fails, before its memory goes, so that views can be dropped."""
+        self._on_close.append(callback)
+
     def _tear_down(self) -> None:
         self._closed = True
+        for callback in self._on_close:
+            callback()
+        self._on_close.clear()
         if self._ring is not None:
             self._ring.stop()
         self._tensors = []
@@ -371,6 +379,7 @@ class WeightPool:
             self.close()
         elif not self._closed:
             # The others must not wait for a rank that is on its way out.
+            self._control.fail(value)
             self._transport.mark_failed()
             self._tear_down()
 
