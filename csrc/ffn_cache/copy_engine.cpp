@@ -15,6 +15,7 @@ constexpr std::uint64_t kSliceBytes = std::uint64_t{4} << 20;
 constexpr std::uint64_t kSmallestSlice = std::uint64_t{16} << 10;
 // A capped copy sleeps once a slice: a millisecond is coarse enough for the scheduler and fine enough to share fairly.
 constexpr double kCappedSliceSeconds = 1e-3;
+constexpr std::chrono::milliseconds kNap{5};
 
 std::uint64_t slice_for(const CopyLimits& limits) {
   double slowest = 0;
@@ -74,11 +75,13 @@ bool CopyEngine::run(const std::vector<CopyOp>& ops, std::byte* slot, const std:
         const std::uint64_t bytes = std::min(span, op.width - begin);
         const Clock::time_point done = reserve(op.owner, count * bytes);
         copy_slice(op, row, count, begin, bytes, slot);
-        if (done > Clock::now()) std::this_thread::sleep_until(done);
+        // In short naps, so that a slow link does not keep a stop or a new plan waiting.
+        while (done > Clock::now() && epoch.load() == expected)
+          std::this_thread::sleep_until(std::min(done, Clock::now() + kNap));
       }
     }
   }
-  return true;
+  return epoch.load() == expected;
 }
 
 }  // namespace sidp::cache
