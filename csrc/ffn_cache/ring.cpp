@@ -58,6 +58,11 @@ Ring::~Ring() {
 }
 
 void Ring::stop() {
+  if (guard_.in_child()) {
+    // Threads do not survive a fork: there is nothing to join.
+    if (copy_thread_.joinable()) copy_thread_.detach();
+    return;
+  }
   if (!stopped_.exchange(true)) {
     epoch_.fetch_add(1);
     filled_.notify();
@@ -67,6 +72,7 @@ void Ring::stop() {
 }
 
 void Ring::check_usable() const {
+  guard_.require("the weight pool");
   if (stopped_.load(std::memory_order_relaxed))
     throw PoolClosedError("the pool is closed: its weights are gone; make a new pool");
   const int dead = dead_rank_ == nullptr ? -1 : dead_rank_->load(std::memory_order_acquire);

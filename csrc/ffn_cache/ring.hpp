@@ -14,6 +14,7 @@
 #include <thread>
 #include <vector>
 
+#include "../p2p/process.hpp"
 #include "../schedule.hpp"
 #include "copy_engine.hpp"
 #include "signal.hpp"
@@ -87,6 +88,7 @@ class Ring {
   std::vector<std::uint64_t> remote_bytes_;  // by remote index
   CopyEngine engine_;
   const std::atomic<int>* dead_rank_;
+  ForkGuard guard_;
   bool poison_;
   std::uint64_t* activity_;
   std::uint64_t slot_stride_;
