@@ -50,6 +50,22 @@ class RankContext:
     send: Callable[[Any], None]
 
 
+@dataclass(frozen=True)
+class _Failure:
+    """`when` is the system's monotonic clock at the raise; None for a rank that died without a word."""
+
+    kind: str
+    reason: str
+    detail: str = ""
+    when: float | None = None
+
+    def rank_as_cause(self) -> tuple[int, float]:
+        """Smaller is likelier to be the cause: a death, then the first error, then complaints about peers."""
+        if self.when is None:
+            return (0, 0.0)
+        return (2 if self.kind == "PeerError" else 1, self.when)
+
+
 @dataclass
 class _Rank:
     rank: int
@@ -57,7 +73,7 @@ class _Rank:
     connection: Connection
     result: Any = None
     done: bool = False
-    failure: tuple[str, str, str] | None = None  # (error type, one line, traceback)
+    failure: _Failure | None = None
     open: bool = field(default=True)
 
 
@@ -135,12 +151,12 @@ def _receive(rank: _Rank, on_message) -> None:
         rank.open = False
         if not rank.done and rank.failure is None:
             rank.process.join(_GRACE_S)
-            rank.failure = ("died", _how_it_died(rank.process.exitcode), "")
+            rank.failure = _Failure("died", _how_it_died(rank.process.exitcode))
         return
     if kind == "result":
         rank.result, rank.done = payload, True
     elif kind == "error":
-        rank.failure = payload
+        rank.failure = _Failure(*payload)
     elif on_message is not None:
         on_message(rank.rank, payload)
 
@@ -165,8 +181,8 @@ def _first_cause(ranks: list[_Rank]) -> RankFailed:
             if rank.connection in ready:
                 _receive(rank, None)
     failed = [rank for rank in ranks if rank.failure]
-    first = min(failed, key=lambda rank: (rank.failure[0] == "PeerError", rank.rank))
-    return RankFailed(first.rank, first.failure[1], first.failure[2])
+    first = min(failed, key=lambda rank: rank.failure.rank_as_cause())
+    return RankFailed(first.rank, first.failure.reason, first.failure.detail)
 
 
 def _end(ranks: list[_Rank]) -> None:
@@ -198,9 +214,10 @@ def _rank_main(rank, world_size, threads, rendezvous, sender, target, args) -> N
         )
         send("result", result)
     except Exception as error:
+        when = time.monotonic()
         text = str(error).strip() or type(error).__name__
         reason = text if isinstance(error, SidpError) else f"{type(error).__name__}: {text}"
-        send("error", (type(error).__name__, reason, traceback.format_exc()))
+        send("error", (type(error).__name__, reason, traceback.format_exc(), when))
         sender.close()
         sys.exit(1)
 

@@ -121,6 +121,8 @@ class ProgressBars:
             self._bars[progress.phase] = bar
         bar.total -= progress.unspent
         bar.update(progress.tokens)
+        if bar.n >= bar.total:
+            bar.close()
 
 
 def _positive(text: str) -> int:

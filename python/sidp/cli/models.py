@@ -161,7 +161,7 @@ def random_model():
         vocab_size=_RANDOM_VOCABULARY,
         hidden_size=256,
         intermediate_size=1024,
-        num_hidden_layers=8,
+        num_hidden_layers=12,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=4096,
