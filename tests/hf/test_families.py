@@ -8,9 +8,9 @@ import functools
 import models
 import pytest
 import torch
-from launch import RankFailed, parallel_launch
 
 import sidp
+from launch import RankFailed, parallel_launch
 from sidp import PoolConfig, pool_model, unpool_model
 
 # placement, slots, dtype, and how the pooled model ends: undone before its pool closes, or closed with it
