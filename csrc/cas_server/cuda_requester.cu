@@ -1,0 +1,189 @@
+#include "cuda_requester.hpp"
+
+#include "activation.cuh"
+#include "ptx.cuh"
+
+namespace sidp {
+namespace cas {
+
+namespace {
+
+constexpr u32 kCopyThreads = 512;
+constexpr u32 kCopyUnitsPerThread = 4;  // of 16 bytes
+constexpr u32 kMaxCopyCtas = 16;
+
+// R1 and R5 end by the deadline or by the abort word too. The host's words are far away: looked at every 256 tries.
+template <typename Condition>
+__device__ Fault wait_bounded(const RequesterArguments& args, Condition condition) {
+  const volatile RequesterHostWords* host = args.host;
+  const u64 start = now_ns();
+  while (true) {
+    for (int i = 0; i < 256; ++i)
+      if (condition()) return Fault::kNone;
+    if (host->abort != 0) return Fault::kAborted;
+    if (now_ns() - start > args.deadline_ns) return Fault::kTimeout;
+  }
+}
+
+__device__ void report(const RequesterArguments& args, Fault fault, u32 status, u32 owner, u64 sequence) {
+  volatile RequesterHostWords* host = args.host;
+  if (host->error == 0) host->error = error_word(fault, status, owner, sequence);
+  __threadfence_system();
+  host->abort = 1;
+}
+
+__device__ bool aligned16(const void* pointer, u64 pitch, u32 row_bytes) {
+  return ((reinterpret_cast<u64>(pointer) | pitch | row_bytes) & 15) == 0;
+}
+
+// Rows of `row_bytes` between matrices of different pitch, by all CTAs of blockIdx.x.
+__device__ void copy_rows(std::uint8_t* target, u64 target_pitch, const std::uint8_t* source, u64 source_pitch, u32 rows,
+                          u32 row_bytes) {
+  const u32 first = blockIdx.x * kCopyThreads + threadIdx.x, threads = gridDim.x * kCopyThreads;
+  if (aligned16(target, target_pitch, row_bytes) && aligned16(source, source_pitch, row_bytes)) {
+    const u32 units = row_bytes / 16;
+    for (u32 i = first; i < rows * units; i += threads) {
+      const u32 row = i / units, unit = i - row * units;
+      const uint4 value = __ldcg(reinterpret_cast<const uint4*>(source + row * source_pitch) + unit);
+      reinterpret_cast<uint4*>(target + row * target_pitch)[unit] = value;
+    }
+  } else {
+    const u32 units = row_bytes / 2;
+    for (u32 i = first; i < rows * units; i += threads) {
+      const u32 row = i / units, unit = i - row * units;
+      const volatile u16* from = reinterpret_cast<const volatile u16*>(source + row * source_pitch);
+      reinterpret_cast<u16*>(target + row * target_pitch)[unit] = from[unit];
+    }
+  }
+}
+
+// blockIdx.y: one owner each.
+__global__ void __launch_bounds__(kCopyThreads) push_rows(const __grid_constant__ RequesterArguments args,
+                                                          const __grid_constant__ RowsArgument rows, u16 flags) {
+  __shared__ bool go;
+  const u32 owner = rows.first_owner + blockIdx.y;
+  RequesterState& state = args.states[owner];
+  std::uint8_t* region = args.owner_region[owner];
+  const u64 sequence = *const_cast<const volatile u64*>(&state.pushed) + 1;
+  const u32 slots = args.geometry.slots, slot = slot_of(sequence, slots);
+  if (threadIdx.x == 0) {  // R1
+    const Fault fault = wait_bounded(args, [&] { return slot_is_free(sequence, load_acquire_sys(&state.consumed), slots); });
+    go = fault == Fault::kNone;
+    if (!go) report(args, fault, 0, owner, sequence);
+  }
+  __syncthreads();
+  if (!go) return;
+  const u32 row_bytes = args.hidden * 2;
+  copy_rows(region + args.geometry.request_rows(args.rank, slot), args.geometry.row_bytes,
+            static_cast<const std::uint8_t*>(rows.rows), rows.pitch_bytes, rows.count, row_bytes);  // R2
+  __threadfence_system();
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  if (gridDim.x > 1) {
+    if (add_acq_rel_gpu(&state.push_arrivals, 1) != gridDim.x - 1) return;
+    state.push_arrivals = 0;
+  }
+  auto* record = reinterpret_cast<RequestRecord*>(region + args.geometry.request(args.rank, slot));  // R3
+  record->sequence = sequence;
+  record->pool_id = args.pool_id;
+  record->layer = rows.layer;
+  record->rows = rows.count;
+  record->hidden = args.hidden;
+  record->dtype = static_cast<u16>(args.dtype);
+  record->flags = flags;
+  state.pushed = sequence;
+  store_release_sys(reinterpret_cast<u64*>(region + args.geometry.tail(args.rank)), sequence);  // R4
+}
+
+// R5 of one owner; the number that was waited for.
+__device__ bool wait_reply(const RequesterArguments& args, const RowsArgument& rows, u32 owner) {
+  const u64 sequence = *const_cast<const volatile u64*>(&args.states[owner].consumed) + 1;
+  const auto* reply = reinterpret_cast<const ReplyRecord*>(
+      args.region + args.geometry.reply(owner, slot_of(sequence, args.geometry.slots)));
+  const Fault fault = wait_bounded(args, [&] { return load_acquire_sys(&reply->sequence) >= sequence; });
+  const volatile ReplyRecord* fields = reply;
+  if (fault != Fault::kNone) {
+    report(args, fault, 0, owner, sequence);
+  } else if (fields->sequence != sequence) {
+    report(args, Fault::kSequence, 0, owner, sequence);
+  } else if (fields->status != static_cast<u32>(Status::kOk)) {
+    report(args, Fault::kRefused, fields->status, owner, sequence);
+  } else if (fields->rows != rows.count) {
+    report(args, Fault::kSequence, 0, owner, sequence);
+  } else {
+    return true;
+  }
+  return false;
+}
+
+template <typename T>
+__device__ void sum_rows(const RequesterArguments& args, const RowsArgument& rows, const std::uint8_t* const* replies) {
+  const u32 first = blockIdx.x * kCopyThreads + threadIdx.x, threads = gridDim.x * kCopyThreads;
+  for (u32 i = first; i < rows.count * args.hidden; i += threads) {
+    const u32 row = i / args.hidden, column = i - row * args.hidden;
+    float sum = 0.0f;
+    for (u32 owner = 0; owner < rows.owners; ++owner)  // the same order for every request
+      sum += __ldcg(reinterpret_cast<const float*>(replies[owner] + row * u64(args.geometry.reply_row_bytes)) + column);
+    reinterpret_cast<T*>(static_cast<std::uint8_t*>(rows.rows) + row * rows.pitch_bytes)[column] = from_float<T>(sum);
+  }
+}
+
+__global__ void __launch_bounds__(kCopyThreads) wait_rows(const __grid_constant__ RequesterArguments args,
+                                                          const __grid_constant__ RowsArgument rows, bool striped) {
+  __shared__ const std::uint8_t* replies[kMaxWorld];
+  bool mine = true;
+  if (threadIdx.x < rows.owners) {
+    const u32 owner = rows.first_owner + threadIdx.x;
+    mine = wait_reply(args, rows, owner);
+    const u64 sequence = *const_cast<const volatile u64*>(&args.states[owner].consumed) + 1;
+    replies[threadIdx.x] = args.region + args.geometry.reply_rows(owner, slot_of(sequence, args.geometry.slots));
+  }
+  if (!__syncthreads_and(mine)) return;
+  if (!striped)  // R6
+    copy_rows(static_cast<std::uint8_t*>(rows.rows), rows.pitch_bytes, replies[0], args.geometry.reply_row_bytes,
+              rows.count, args.hidden * 2);
+  else if (args.dtype == Dtype::kFloat16)
+    sum_rows<__half>(args, rows, replies);
+  else
+    sum_rows<__nv_bfloat16>(args, rows, replies);
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  RequesterState& head = args.states[rows.first_owner];
+  if (gridDim.x > 1) {
+    if (add_acq_rel_gpu(&head.wait_arrivals, 1) != gridDim.x - 1) return;
+    head.wait_arrivals = 0;
+  }
+  for (u32 i = 0; i < rows.owners; ++i) {  // R7
+    u64* consumed = &args.states[rows.first_owner + i].consumed;
+    store_release_sys(consumed, *const_cast<volatile u64*>(consumed) + 1);
+  }
+}
+
+u32 copy_ctas(u64 bytes) {
+  const u64 per_cta = u64(kCopyThreads) * kCopyUnitsPerThread * 16;
+  const u64 ctas = (bytes + per_cta - 1) / per_cta;
+  return static_cast<u32>(ctas < 1 ? 1 : ctas > kMaxCopyCtas ? kMaxCopyCtas : ctas);
+}
+
+}  // namespace
+
+cudaError_t preload_requester_kernels() {
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(&push_rows));
+  return error != cudaSuccess ? error : cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(&wait_rows));
+}
+
+cudaError_t launch_push(const RequesterArguments& arguments, const RowsArgument& rows, bool striped, cudaStream_t stream) {
+  const dim3 grid(copy_ctas(u64(rows.count) * arguments.hidden * 2), rows.owners);
+  push_rows<<<grid, kCopyThreads, 0, stream>>>(arguments, rows, striped ? kReplyFloat32 : 0);
+  return cudaGetLastError();
+}
+
+cudaError_t launch_wait(const RequesterArguments& arguments, const RowsArgument& rows, bool striped, cudaStream_t stream) {
+  const u32 ctas = copy_ctas(u64(rows.count) * arguments.hidden * (striped ? 4 * rows.owners : 2));
+  wait_rows<<<ctas, kCopyThreads, 0, stream>>>(arguments, rows, striped);
+  return cudaGetLastError();
+}
+
+}  // namespace cas
+}  // namespace sidp

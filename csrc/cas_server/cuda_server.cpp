@@ -1,0 +1,216 @@
+#include "cuda_server.hpp"
+
+#include <algorithm>
+
+#include "tensor_maps.hpp"
+
+namespace sidp {
+namespace cas {
+
+namespace {
+
+std::uint64_t nanoseconds(double milliseconds) { return static_cast<std::uint64_t>(milliseconds * 1e6); }
+
+std::size_t round_up(std::size_t value, std::size_t unit) { return (value + unit - 1) / unit * unit; }
+
+ServePath path_for(const CudaServerConfig& config) {
+  int major = 0, minor = 0;
+  SIDP_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, config.device));
+  SIDP_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, config.device));
+  SIDP_REQUIRE(major >= 8, ConfigError, "CaS needs compute capability 8.0, device ", config.device, " has ", major, ".",
+               minor, "; use mode=\"was\"");
+  const bool aligned = config.hidden % 8 == 0 && config.intermediate % 8 == 0;
+  return major == 9 && minor == 0 && aligned && !config.plain ? ServePath::kSm90 : ServePath::kPlain;
+}
+
+const char* fault_text(std::uint32_t fault) {
+  switch (static_cast<ServerFault>(fault)) {
+    case ServerFault::kNone: return "none";
+    case ServerFault::kRing: return "a stage of the weight ring never changed hands";
+    case ServerFault::kBoard: return "a batch never reached a CTA (are all CTAs of the server running?)";
+    case ServerFault::kGather: return "the rows of a batch were never all gathered";
+    case ServerFault::kInner: return "the intermediate of a batch was never completed";
+    case ServerFault::kPartial: return "a partial sum never came";
+    case ServerFault::kComplete: return "a batch never completed";
+  }
+  return "unknown";
+}
+
+}  // namespace
+
+CudaServer::CudaServer(const CudaServerConfig& config, const Geometry& geometry, void* region,
+                       std::vector<void*> peer_regions)
+    : config_(config), geometry_(geometry) {
+  SIDP_REQUIRE(geometry.world >= 1 && geometry.world <= kMaxWorld, ConfigError, "world ", geometry.world,
+               " is not in 1..", kMaxWorld);
+  SIDP_REQUIRE(geometry.max_rows >= 1 && geometry.max_rows <= kMaxBatchRows, ConfigError, "max_rows ",
+               geometry.max_rows, " is not in 1..", kMaxBatchRows);
+  SIDP_REQUIRE(peer_regions.size() == geometry.world, ConfigError, peer_regions.size(), " peer regions for a world of ",
+               geometry.world);
+  SIDP_REQUIRE(config.dtype != Dtype::kFloat32, ConfigError, "the CUDA server computes in bfloat16 or float16");
+  DeviceGuard guard(config.device);
+  path_ = path_for(config);
+  int sms = 0;
+  SIDP_CUDA_CHECK(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, config.device));
+  SIDP_REQUIRE(config.sms >= 1 && config.sms <= unsigned(sms), ConfigError, "cas_sms=", config.sms,
+               " is not in 1..", sms, ", the SMs of device ", config.device);
+
+  const std::size_t inner_stride = round_up(std::size_t(config.intermediate) * 2, 128);
+  const std::size_t gathered_bytes = round_up(std::size_t(config.hidden) * 2 * kMaxBatchRows, 256);
+  unit_memory_ = DeviceMemory(sizeof(UnitRecord) * std::max(config.layers, 1u));
+  state_ = DeviceMemory(sizeof(ServerState));
+  gathered_ = DeviceMemory(2 * gathered_bytes);
+  inner_ = DeviceMemory(2 * inner_stride * kMaxBatchRows);
+  partials_ = DeviceMemory(path_ == ServePath::kSm90 ? std::size_t(4) * config.sms * kTileRows * kMaxBatchRows * 4 : 4);
+  flags_ = DeviceMemory(std::size_t(4) * config.sms * 2 * sizeof(std::uint32_t));
+  host_memory_ = MappedHostMemory(sizeof(ServerHostWords));
+  units_.resize(config.layers);
+
+  arguments_.geometry = geometry;
+  arguments_.pool_id = config.pool_id;
+  arguments_.region = static_cast<std::uint8_t*>(region);
+  for (std::size_t r = 0; r < peer_regions.size(); ++r)
+    arguments_.peer_region[r] = static_cast<std::uint8_t*>(peer_regions[r]);
+  arguments_.units = unit_memory_.as<UnitRecord>();
+  arguments_.layers = config.layers;
+  arguments_.rank = config.rank;
+  arguments_.row_limit = kMaxBatchRows;
+  arguments_.state = state_.as<ServerState>();
+  arguments_.host = host_memory_.as<ServerHostWords>();
+  for (int parity = 0; parity < 2; ++parity) {
+    arguments_.gathered[parity] = gathered_.as<std::uint8_t>() + parity * gathered_bytes;
+    arguments_.inner[parity] = inner_.as<std::uint8_t>() + parity * inner_stride * kMaxBatchRows;
+  }
+  arguments_.inner_stride = inner_stride;
+  arguments_.partials = partials_.as<float>();
+  arguments_.partial_flags = flags_.as<std::uint32_t>();
+  arguments_.idle_ns = nanoseconds(config.idle_ms);
+  arguments_.run_ns = nanoseconds(config.run_ms);
+  arguments_.stall_ns = nanoseconds(config.stall_s * 1e3);
+
+  SIDP_CUDA_CHECK(preload_serve_kernels(path_, config.dtype));
+  int least = 0, greatest = 0;
+  SIDP_CUDA_CHECK(cudaDeviceGetStreamPriorityRange(&least, &greatest));
+  SIDP_CUDA_CHECK(cudaStreamCreateWithPriority(&stream_, cudaStreamNonBlocking, greatest));
+  for (cudaEvent_t& event : ended_)
+    SIDP_CUDA_CHECK(cudaEventCreateWithFlags(&event, cudaEventDisableTiming | cudaEventBlockingSync));
+}
+
+CudaServer::~CudaServer() {
+  stop();
+  for (cudaEvent_t event : ended_)
+    if (event != nullptr) cudaEventDestroy(event);
+  if (stream_ != nullptr) cudaStreamDestroy(stream_);
+}
+
+void CudaServer::make_maps(UnitRecord& unit) const {
+  const Dtype dtype = config_.dtype;
+  const std::uint64_t hidden = unit.hidden, inner = unit.intermediate;
+  if (unit.gate_weights != nullptr) unit.gate = matrix_map(dtype, unit.gate_weights, hidden, inner, hidden * 2, kBoxRows);
+  unit.up = matrix_map(dtype, unit.up_weights, hidden, inner, hidden * 2, kBoxRows);
+  unit.down = matrix_map(dtype, unit.down_weights, inner, hidden, inner * 2, kBoxRows);
+  const std::uint64_t mailbox_rows = std::uint64_t(geometry_.world) * geometry_.slots * geometry_.max_rows;
+  for (std::uint32_t i = 0; i < kWidths; ++i) {
+    const std::uint32_t width = width_of(i);
+    unit.mailbox[i] = matrix_map(dtype, arguments_.region + geometry_.rows_start(), hidden, mailbox_rows,
+                                 geometry_.row_bytes, width);
+    for (int parity = 0; parity < 2; ++parity) {
+      unit.gathered[parity][i] =
+          matrix_map(dtype, arguments_.gathered[parity], hidden, kMaxBatchRows, hidden * 2, width);
+      unit.inner[parity][i] =
+          matrix_map(dtype, arguments_.inner[parity], inner, kMaxBatchRows, arguments_.inner_stride, width);
+    }
+  }
+}
+
+void CudaServer::register_unit(std::uint32_t layer, const UnitPointers& pointers, const UnitShape& shape) {
+  SIDP_REQUIRE(!thread_.joinable(), ConfigError, "register_unit(", layer, ") after start()");
+  SIDP_REQUIRE(layer < config_.layers, ConfigError, "layer ", layer, " of ", config_.layers);
+  SIDP_REQUIRE(shape.hidden >= 1 && shape.hidden <= config_.hidden && shape.intermediate >= 1 &&
+                   shape.intermediate <= config_.intermediate,
+               LayoutError, "unit ", layer, " of ", shape.hidden, " x ", shape.intermediate, " is larger than ",
+               config_.hidden, " x ", config_.intermediate);
+  SIDP_REQUIRE(std::size_t(shape.hidden) * 2 <= geometry_.row_bytes &&
+                   std::size_t(shape.hidden) * (shape.reply_float32 ? 4 : 2) <= geometry_.reply_row_bytes,
+               LayoutError, "rows of ", shape.hidden, " elements do not fit the mailboxes' ", geometry_.row_bytes, " and ",
+               geometry_.reply_row_bytes, " bytes");
+  SIDP_REQUIRE(pointers.up != nullptr && pointers.down != nullptr, LayoutError, "unit ", layer, " lacks up or down");
+  SIDP_REQUIRE(path_ == ServePath::kPlain || (shape.hidden % 8 == 0 && shape.intermediate % 8 == 0), LayoutError, "unit ",
+               layer, " of ", shape.hidden, " x ", shape.intermediate, ": both must be multiples of 8");
+  UnitRecord& unit = units_[layer];
+  unit.gate_weights = pointers.gate;
+  unit.up_weights = pointers.up;
+  unit.down_weights = pointers.down;
+  unit.gate_bias = pointers.gate_bias;
+  unit.up_bias = pointers.up_bias;
+  unit.down_bias = pointers.down_bias;
+  unit.hidden = shape.hidden;
+  unit.intermediate = shape.intermediate;
+  unit.activation = shape.activation;
+  unit.reply_flags = shape.reply_float32 ? kReplyFloat32 : 0;
+  unit.dtype = static_cast<std::uint16_t>(config_.dtype);
+  if (path_ == ServePath::kSm90) make_maps(unit);
+}
+
+void CudaServer::start() {
+  SIDP_REQUIRE(!thread_.joinable(), ConfigError, "the server is running");
+  DeviceGuard guard(config_.device);
+  if (!units_.empty())
+    SIDP_CUDA_CHECK(cudaMemcpy(unit_memory_.as<void>(), units_.data(), sizeof(UnitRecord) * units_.size(),
+                               cudaMemcpyHostToDevice));
+  SIDP_CUDA_CHECK(cudaDeviceSynchronize());  // the zeroed workspace too; the stream waits for no other
+  stopping_ = false;
+  __atomic_store_n(&host_memory_.as<ServerHostWords>()->stop, 0u, __ATOMIC_RELEASE);
+  thread_ = std::thread([this] { serve_until_stopped(); });
+}
+
+void CudaServer::stop() {
+  if (!thread_.joinable()) return;
+  stopping_ = true;
+  __atomic_store_n(&host_memory_.as<ServerHostWords>()->stop, 1u, __ATOMIC_RELEASE);
+  thread_.join();
+}
+
+// Two pairs of (watch, serve) are kept queued, so that no request waits for this thread to wake up.
+void CudaServer::serve_until_stopped() {
+  try {
+    SIDP_CUDA_CHECK(cudaSetDevice(config_.device));
+    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;  // others may be capturing while we launch
+    SIDP_CUDA_CHECK(cudaThreadExchangeStreamCaptureMode(&mode));
+    const ServeLaunch launch{path_, config_.dtype, config_.sms, stream_};
+    bool queued[2] = {false, false};
+    for (unsigned turn = 0; !stopping_; turn ^= 1) {
+      if (queued[turn]) SIDP_CUDA_CHECK(cudaEventSynchronize(ended_[turn]));
+      SIDP_CUDA_CHECK(launch_watch(arguments_, nanoseconds(config_.watch_ms), stream_));
+      SIDP_CUDA_CHECK(launch_serve(launch, arguments_));
+      SIDP_CUDA_CHECK(cudaEventRecord(ended_[turn], stream_));
+      queued[turn] = true;
+    }
+    SIDP_CUDA_CHECK(cudaStreamSynchronize(stream_));
+  } catch (const std::exception& error) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    failure_ = error.what();
+  }
+}
+
+void CudaServer::retire(std::uint32_t requester) {
+  __atomic_fetch_or(&host_memory_.as<ServerHostWords>()->retired, 1u << requester, __ATOMIC_ACQ_REL);
+}
+
+std::string CudaServer::failure() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return failure_;
+}
+
+ServerCounters CudaServer::counters() const {
+  const auto* host = host_memory_.as<ServerHostWords>();
+  const std::uint32_t fault = __atomic_load_n(&host->fault, __ATOMIC_ACQUIRE);
+  SIDP_REQUIRE(fault == 0, Error, "the CaS server of rank ", config_.rank, " failed: ", fault_text(fault), " (detail ",
+               host->fault_detail, ")");
+  const std::string reason = failure();
+  SIDP_REQUIRE(reason.empty(), Error, "the CaS server of rank ", config_.rank, " failed: ", reason);
+  return host->counters;
+}
+
+}  // namespace cas
+}  // namespace sidp

@@ -1,0 +1,93 @@
+// The owner's side of CaS on a GPU: owns the stream, the workspace, the units' records and the thread that launches the
+// serving kernel again and again. Knows no torch; weights are pointers into the owner's arena.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "cuda_check.hpp"
+#include "serve_kernels.hpp"
+
+namespace sidp {
+namespace cas {
+
+struct CudaServerConfig {
+  int device = 0;
+  unsigned sms = 32;           // CTAs of the serving kernel, one to an SM
+  std::uint32_t layers = 0;    // of the model; units are registered for those this rank holds
+  std::uint32_t hidden = 0;    // largest of the units
+  std::uint32_t intermediate = 0;  // largest of the slices this rank holds
+  Dtype dtype = Dtype::kBFloat16;
+  std::uint64_t pool_id = 0;
+  std::uint32_t rank = 0;
+  double idle_ms = 1.0;    // the serving kernel ends when nothing came for so long
+  double run_ms = 20.0;    // ... and after so long in any case
+  double watch_ms = 5.0;   // life of the one-warp kernel that waits in between
+  double stall_s = 20.0;   // a wait inside the kernel that takes longer is a fault
+  bool plain = false;      // the path for sm_80 even where sm_90a would run
+};
+
+// Weights in Linear layout, row-major and contiguous: gate, up [intermediate, hidden], down [hidden, intermediate], of the
+// slice this rank holds; on the sm_90a path each on 16 bytes. In `striped` only owner 0 passes `down_bias`.
+struct UnitPointers {
+  const void* gate = nullptr;  // null: a plain FFN
+  const void* up = nullptr;
+  const void* down = nullptr;
+  const void* gate_bias = nullptr;
+  const void* up_bias = nullptr;
+  const void* down_bias = nullptr;
+};
+
+struct UnitShape {
+  std::uint32_t hidden;
+  std::uint32_t intermediate;  // of the slice
+  Activation activation;
+  bool reply_float32;  // `striped`
+};
+
+class CudaServer {
+ public:
+  // `region`: this rank's mailbox region (zeroed, in its arena); `peer_regions[r]`: requester r's as mapped here, this
+  // rank's own included, null for a rank that sends nothing. Throws ConfigError, sidp::Error.
+  CudaServer(const CudaServerConfig& config, const Geometry& geometry, void* region, std::vector<void*> peer_regions);
+  ~CudaServer();
+  CudaServer(const CudaServer&) = delete;
+  CudaServer& operator=(const CudaServer&) = delete;
+
+  // Before start(). Throws LayoutError where the path in use cannot serve the shape.
+  void register_unit(std::uint32_t layer, const UnitPointers& pointers, const UnitShape& shape);
+  void start();
+  // Returns once no kernel of this server runs; what was elected is answered, what was not stays in its slot.
+  void stop();
+  void retire(std::uint32_t requester);  // a requester that died or left
+
+  // Of the launches that have ended. Throws sidp::Error with the reason where the server has failed.
+  ServerCounters counters() const;
+  bool uses_sm90() const { return path_ == ServePath::kSm90; }
+
+ private:
+  void make_maps(UnitRecord& unit) const;
+  void serve_until_stopped();
+  std::string failure() const;
+
+  CudaServerConfig config_;
+  Geometry geometry_;
+  ServePath path_ = ServePath::kPlain;
+  std::vector<UnitRecord> units_;
+  DeviceMemory unit_memory_, state_, gathered_, inner_, partials_, flags_;
+  MappedHostMemory host_memory_;
+  ServerArguments arguments_ = {};
+  cudaStream_t stream_ = nullptr;
+  cudaEvent_t ended_[2] = {};
+  std::thread thread_;
+  std::atomic<bool> stopping_{false};
+  mutable std::mutex mutex_;  // guards failure_
+  std::string failure_;
+};
+
+}  // namespace cas
+}  // namespace sidp

@@ -1,0 +1,31 @@
+// The serving kernels as the host sees them.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "serve_types.hpp"
+
+namespace sidp {
+namespace cas {
+
+enum class ServePath { kPlain, kSm90 };  // kSm90: bulk tensor copies and wgmma, compute capability 9.0 only
+
+struct ServeLaunch {
+  ServePath path;
+  Dtype dtype;
+  unsigned ctas;
+  cudaStream_t stream;
+};
+
+// Loads the kernels and raises their shared-memory limits; before the first launch, because lazy loading can wait for a
+// kernel that is running. Returns the first error.
+cudaError_t preload_serve_kernels(ServePath path, Dtype dtype);
+
+// A launch that ends by its idle or run bound.
+cudaError_t launch_serve(const ServeLaunch& launch, const ServerArguments& arguments);
+
+// One warp that ends when a request waits, the host asks to stop, or `bound_ns` have passed.
+cudaError_t launch_watch(const ServerArguments& arguments, std::uint64_t bound_ns, cudaStream_t stream);
+
+}  // namespace cas
+}  // namespace sidp

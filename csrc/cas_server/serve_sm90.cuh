@@ -1,0 +1,53 @@
+// The serving kernel for sm_90a: one loading warpgroup, two that multiply; one CTA to an SM.
+#pragma once
+
+#include "sm90_loaders.cuh"
+#include "sm90_multiplier.cuh"
+
+namespace sidp {
+namespace cas {
+
+#if defined(SIDP_SM90A)
+
+__device__ inline void init_shared(SharedState& shared, u32 first) {
+  if (threadIdx.x == 0) {
+    for (u32 i = 0; i < kMaxStages; ++i) {
+      barrier_init(&shared.full[i], 2);
+      barrier_init(&shared.empty[i], kMultipliers * 4);
+    }
+    for (u32 i = 0; i < 2; ++i) {
+      barrier_init(&shared.batch_full[i], 1);
+      barrier_init(&shared.batch_empty[i], 2 + kMultipliers);
+    }
+    shared.issued = first - 1;
+    barrier_init_fence();
+  }
+  __syncthreads();
+}
+
+#endif
+
+template <typename T>
+__global__ void __launch_bounds__(kServeThreads, 1) serve_sm90(const __grid_constant__ ServerArguments args) {
+#if defined(SIDP_SM90A)
+  extern __shared__ std::uint8_t raw[];
+  std::uint8_t* ring = raw + (1024 - shared_address(raw) % 1024) % 1024;
+  SharedState& shared = *reinterpret_cast<SharedState*>(ring + kRingBytes);
+  // Stable until the last CTA of this launch leaves, and this one has not left yet.
+  const u32 first = load_acquire_gpu(&args.state->base) + 1;
+  init_shared(shared, first);
+  if (threadIdx.x < 128) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 72;");
+    const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (warp == 0 && lane == 0) load_weights(args, shared, ring, first);
+    if (warp == 1 && lane == 0) load_activations(args, shared, ring, first);
+    if (warp == 2) herald(args, shared, first);
+  } else {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 216;");
+    multiply_batches<T>(args, shared, ring, first);
+  }
+#endif
+}
+
+}  // namespace cas
+}  // namespace sidp

@@ -1,0 +1,136 @@
+// sm_90a serving kernel: the roles of the first warpgroup. The weight loader streams gate/up and down through the ring
+// without ever waiting for results; the activation loader fills the other half of each stage when its rows are there;
+// the herald brings the batches.
+#pragma once
+
+#include "sm90_shared.cuh"
+
+#if defined(SIDP_SM90A)
+
+namespace sidp {
+namespace cas {
+
+// Before stages change their size every stage must have been emptied; `position` then starts again at stage 0.
+__device__ inline void change_width(const ServerArguments& args, SharedState& shared, RingPosition& position) {
+  for (position.stage = 0; position.stage < kMaxStages; ++position.stage)
+    wait_barrier(args, &shared.empty[position.stage], position.parity() ^ 1, ServerFault::kRing, args.stall_ns);
+  position.stage = 0;
+}
+
+// Calls use(stage, tile, depth) for each stage of this CTA's share of a phase, once the stage is empty.
+template <typename Use>
+__device__ inline void for_each_stage(const ServerArguments& args, SharedState& shared, RingPosition& position,
+                                      u32 stages, Phase phase, Use use) {
+  const u32 begin = share_begin(phase, blockIdx.x), end = share_begin(phase, blockIdx.x + 1);
+  u32 tile = begin / phase.depth, depth = begin % phase.depth;
+  for (u32 at = begin; at < end; ++at) {
+    wait_barrier(args, &shared.empty[position.stage], position.parity() ^ 1, ServerFault::kRing, args.stall_ns);
+    use(position.stage, tile, depth);
+    position.advance(stages);
+    if (++depth == phase.depth) {
+      depth = 0;
+      ++tile;
+    }
+  }
+}
+
+// One thread.
+__device__ inline void load_weights(const ServerArguments& args, SharedState& shared, std::uint8_t* ring, u32 first) {
+  RingPosition position;
+  u32 width = 0;
+  for (u32 id = first;; ++id) {
+    const Batch& batch = wait_batch(args, shared, id, first).batch;
+    if (batch.kind == BatchKind::kExit) break;
+    const UnitRecord& unit = args.units[batch.layer];
+    const bool gated = unit.gate_weights != nullptr;
+    const u32 new_width = width_of(width_index(batch.rows));
+    if (new_width != width) change_width(args, shared, position);
+    width = new_width;
+    for (u32 phase = 0; phase < 2; ++phase) {
+      const CUtensorMap* lower = phase == 1 ? &unit.down : gated ? &unit.gate : &unit.up;
+      const CUtensorMap* upper = phase == 1 ? &unit.down : &unit.up;
+      prefetch_map(lower);
+      prefetch_map(upper);
+      const u32 tile_rows = phase == 0 && gated ? kBoxRows : kTileRows;
+      const u32 upper_row = tile_rows - kBoxRows;
+      for_each_stage(args, shared, position, stages_of(width), phase_of(unit, phase), [&](u32 stage, u32 tile, u32 depth) {
+        std::uint8_t* target = ring + stage * kWeightBytes;
+        const u32 column = depth * kBoxColumns, row = tile * tile_rows;
+        barrier_arrive_expect(&shared.full[stage], kWeightBytes);
+        copy_box(lower, &shared.full[stage], target, column, row, kEvictFirst);
+        copy_box(upper, &shared.full[stage], target + kBoxBytes, column, row + upper_row, kEvictFirst);
+      });
+    }
+    *static_cast<volatile u32*>(&shared.issued) = id;
+    barrier_arrive(&shared.batch_empty[id % 2]);
+  }
+}
+
+// One thread. O4 for a batch of one request: its rows are read straight from the mailbox.
+__device__ inline void load_activations(const ServerArguments& args, SharedState& shared, std::uint8_t* ring,
+                                        u32 first) {
+  RingPosition position;
+  u32 width = 0;
+  for (u32 id = first;; ++id) {
+    const Batch& batch = wait_batch(args, shared, id, first).batch;
+    if (batch.kind == BatchKind::kExit) break;
+    const UnitRecord& unit = args.units[batch.layer];
+    const u32 index = width_index(batch.rows), parity = id % 2;
+    if (width_of(index) != width) change_width(args, shared, position);
+    width = width_of(index);
+    const u32 stages = stages_of(width), bytes = width * kBoxColumns * 2;
+    std::uint8_t* targets = ring + stages * kWeightBytes;
+    ServerState::Progress& progress = args.state->progress[parity];
+    for (u32 phase = 0; phase < 2; ++phase) {
+      const CUtensorMap* map = phase == 1 ? &unit.inner[parity][index] : &unit.gathered[parity][index];
+      u32 row = 0;
+      if (phase == 0 && batch.requests == 1) {
+        map = &unit.mailbox[index];
+        row = (batch.request[0].requester * args.geometry.slots + batch.request[0].slot) * args.geometry.max_rows;
+      }
+      prefetch_map(map);
+      if (phase == 1) {
+        const u32 pieces = phase_of(unit, 0).tiles * (unit.gate_weights != nullptr ? 2 : 4);
+        if (!spin_until([&] { return load_acquire_gpu(&progress.inner) == pieces; }, args.stall_ns))
+          fail(args, ServerFault::kInner, progress.inner);
+      } else if (batch.requests > 1) {
+        if (!spin_until([&] { return load_acquire_gpu(&progress.gathered) == kMultipliers * gridDim.x; }, args.stall_ns))
+          fail(args, ServerFault::kGather, progress.gathered);
+      }
+      fence_async_proxy();
+      for_each_stage(args, shared, position, stages, phase_of(unit, phase), [&](u32 stage, u32, u32 depth) {
+        barrier_arrive_expect(&shared.full[stage], bytes);
+        copy_box(map, &shared.full[stage], targets + stage * bytes, depth * kBoxColumns, row, kEvictLast);
+      });
+    }
+    barrier_arrive(&shared.batch_empty[parity]);
+  }
+}
+
+// One warp of every CTA; in CTA 0 it is the control role too.
+__device__ inline void herald(const ServerArguments& args, SharedState& shared, u32 first) {
+  const u32 lane = threadIdx.x % 32;
+  Control control = {};
+  if (blockIdx.x == 0) control = begin_control(args);
+  for (u32 id = first;; ++id) {
+    const u32 parity = id % 2;
+    wait_barrier(args, &shared.batch_empty[parity], (((id - first) / 2) & 1) ^ 1, ServerFault::kBoard, args.stall_ns);
+    if (blockIdx.x == 0) {
+      const volatile u32* issued = &shared.issued;
+      publish_batch(args, control, id, [&] { return id == first || *issued == id - 1; });
+    }
+    receive_batch(args, id, shared.batch[parity]);
+    const bool exits = shared.batch[parity].batch.kind == BatchKind::kExit;
+    __syncwarp();
+    if (lane == 0) barrier_arrive(&shared.batch_full[parity]);
+    if (exits) {
+      if (lane == 0) leave(args, id);
+      break;
+    }
+  }
+}
+
+}  // namespace cas
+}  // namespace sidp
+
+#endif

@@ -1,0 +1,280 @@
+// sm_90a serving kernel: the multiplying warpgroups. Warpgroup g multiplies rows 64 g .. 64 g + 63 of both boxes of a
+// stage with the activations: in the first phase of a gated FFN these are the same rows of gate and up, so that the
+// activation needs nobody else.
+#pragma once
+
+#include "activation.cuh"
+#include "sm90_shared.cuh"
+
+#if defined(SIDP_SM90A)
+
+namespace sidp {
+namespace cas {
+
+template <int N>
+using Accumulators = float[2][N / 2];  // per box; the layout of wgmma.cuh
+
+// Who a thread is among the multipliers, and where its ring stands.
+struct Multiplier {
+  u32 group;   // warpgroup, 0 or 1
+  u32 thread;  // within the warpgroup
+  u32 lane;
+  u32 ring;  // shared address
+  RingPosition position;
+  u32 width;
+
+  __device__ void sync_group() const { asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory"); }
+  // Row of the 64 that accumulators 4 j + 2 r + e belong to.
+  __device__ u32 row(u32 r) const { return group * 64 + thread / 32 * 16 + lane / 4 + 8 * r; }
+};
+
+// Adds `stages` stages of the ring to the accumulators.
+template <typename T, int N>
+__device__ inline void multiply(const ServerArguments& args, SharedState& shared, Multiplier& me, u32 stages,
+                                Accumulators<N>& sums) {
+  u32 previous = 0;
+  for (u32 i = 0; i < stages; ++i) {
+    const u32 stage = me.position.stage;
+    wait_barrier(args, &shared.full[stage], me.position.parity(), ServerFault::kRing, args.stall_ns);
+    const u64 lower = tile_descriptor(me.ring + stage * kWeightBytes + me.group * 64 * 128);
+    const u64 upper = lower + (kBoxBytes >> 4);
+    const u64 rows = tile_descriptor(me.ring + stages_of(N) * kWeightBytes + stage * N * 128);
+    wgmma_fence();
+#pragma unroll
+    for (u32 k = 0; k < kBoxColumns / 16; ++k) {
+      Wgmma<T, N>::add(sums[0], lower + 2 * k, rows + 2 * k);
+      Wgmma<T, N>::add(sums[1], upper + 2 * k, rows + 2 * k);
+    }
+    wgmma_commit();
+    if (i > 0) {  // the stage before has been read: hand it back while this one is being multiplied
+      wgmma_wait<1>();
+      if (me.lane == 0) barrier_arrive(&shared.empty[previous]);
+    }
+    previous = stage;
+    me.position.advance(stages_of(N));
+  }
+  wgmma_wait<0>();
+  if (me.lane == 0) barrier_arrive(&shared.empty[previous]);
+}
+
+// --- tiles that are split over CTAs ---
+
+__device__ inline float4* partial_of(const ServerArguments& args, u32 parity, u32 phase, u32 cta) {
+  return reinterpret_cast<float4*>(args.partials + ((u64(parity) * 2 + phase) * gridDim.x + cta) * kTileRows *
+                                                       kMaxBatchRows);
+}
+__device__ inline u32* partial_flag_of(const ServerArguments& args, u32 parity, u32 phase, u32 cta, u32 group) {
+  return args.partial_flags + ((parity * 2 + phase) * gridDim.x + cta) * kMultipliers + group;
+}
+
+// The end of a tile, whose beginning another CTA sums up.
+template <int N>
+__device__ inline void store_partial(const ServerArguments& args, const Multiplier& me, u32 id, u32 phase,
+                                     const Accumulators<N>& sums) {
+  float4* target = partial_of(args, id % 2, phase, blockIdx.x) + me.group * 128 + me.thread;
+#pragma unroll
+  for (u32 i = 0; i < N / 4; ++i) {
+    const float* four = &sums[i / (N / 8)][i % (N / 8) * 4];
+    __stcg(target + i * 256, make_float4(four[0], four[1], four[2], four[3]));
+  }
+  __threadfence();
+  me.sync_group();
+  if (me.thread == 0) store_release_gpu(partial_flag_of(args, id % 2, phase, blockIdx.x, me.group), id);
+}
+
+// Adds what the following CTAs computed of this tile, in their order, until its depth is covered.
+template <int N>
+__device__ inline void add_partials(const ServerArguments& args, const Multiplier& me, u32 id, u32 phase, Phase shape,
+                                    u32 tile, Accumulators<N>& sums) {
+  const u32 tile_end = (tile + 1) * shape.depth;
+  for (u32 cta = blockIdx.x + 1; share_begin(shape, cta) < tile_end; ++cta) {
+    if (share_begin(shape, cta) == share_begin(shape, cta + 1)) continue;  // more CTAs than stages
+    if (me.thread == 0) {
+      const u32* flag = partial_flag_of(args, id % 2, phase, cta, me.group);
+      if (!spin_until([&] { return load_acquire_gpu(flag) == id; }, args.stall_ns))
+        fail(args, ServerFault::kPartial, cta);
+    }
+    me.sync_group();
+    const float4* source = partial_of(args, id % 2, phase, cta) + me.group * 128 + me.thread;
+#pragma unroll
+    for (u32 i = 0; i < N / 4; ++i) {
+      const float4 more = __ldcg(source + i * 256);
+      float* four = &sums[i / (N / 8)][i % (N / 8) * 4];
+      four[0] += more.x;
+      four[1] += more.y;
+      four[2] += more.z;
+      four[3] += more.w;
+    }
+  }
+}
+
+// --- results ---
+
+// Writes value(r, j, e), weight row first + row(r), activation row 8 j + 2 (lane % 4) + e, as 16-bit numbers, two
+// neighbouring weight rows in one store: the neighbour's is 4 lanes away, even lanes take e = 0 and odd ones e = 1.
+template <typename T, int N, typename Value, typename Address>
+__device__ inline void write_pairs(const Multiplier& me, u32 first, u32 limit, u32 rows, Value value, Address address) {
+  const bool odd = me.lane / 4 % 2 != 0;
+#pragma unroll
+  for (u32 r = 0; r < 2; ++r) {
+    const u32 column = first + me.row(r) - (odd ? 1 : 0);
+#pragma unroll
+    for (u32 j = 0; j < N / 8; ++j) {
+      const float own[2] = {value(r, j, 0), value(r, j, 1)};
+      const float other = __shfl_xor_sync(kAllLanes, odd ? own[0] : own[1], 4);
+      const u32 row = 8 * j + me.lane % 4 * 2 + (odd ? 1 : 0);
+      if (row < rows && column < limit)
+        *reinterpret_cast<u32*>(address(row) + std::size_t(column) * 2) =
+            odd ? pack<T>(other, own[1]) : pack<T>(own[0], other);
+    }
+  }
+}
+
+// gate/up -> activation -> the intermediate, for the loaders of all CTAs.
+template <typename T, int N>
+__device__ inline void write_inner(const ServerArguments& args, const Multiplier& me, const Batch& batch,
+                                   const UnitRecord& unit, u32 tile, const Accumulators<N>& sums) {
+  const u32 parity = batch.id % 2, size = unit.intermediate;
+  const bool gated = unit.gate_weights != nullptr;
+  const Activation activation = unit.activation;
+  auto address = [&](u32 row) { return args.inner[parity] + row * args.inner_stride; };
+  if (gated) {
+    const u32 first = tile * kBoxRows;
+    const float gate[2] = {bias_at<T>(unit.gate_bias, first + me.row(0), size),
+                           bias_at<T>(unit.gate_bias, first + me.row(1), size)};
+    const float up[2] = {bias_at<T>(unit.up_bias, first + me.row(0), size),
+                         bias_at<T>(unit.up_bias, first + me.row(1), size)};
+    write_pairs<T, N>(me, first, size, batch.rows, [&](u32 r, u32 j, u32 e) {
+      const u32 i = 4 * j + 2 * r + e;
+      return activate(activation, sums[0][i] + gate[r]) * (sums[1][i] + up[r]);
+    }, address);
+  } else {
+#pragma unroll
+    for (u32 box = 0; box < 2; ++box) {
+      const u32 first = tile * kTileRows + box * kBoxRows;
+      const float up[2] = {bias_at<T>(unit.up_bias, first + me.row(0), size),
+                           bias_at<T>(unit.up_bias, first + me.row(1), size)};
+      write_pairs<T, N>(me, first, size, batch.rows, [&](u32 r, u32 j, u32 e) {
+        return activate(activation, sums[box][4 * j + 2 * r + e] + up[r]);
+      }, address);
+    }
+  }
+  fence_async_proxy();  // the bulk copy engine reads it next
+  __threadfence();
+  me.sync_group();
+  if (me.thread == 0) add_acq_rel_gpu(&args.state->progress[parity].inner, gated ? 1 : 2);
+}
+
+// O5: into the requesters' slots.
+template <typename T, int N>
+__device__ inline void write_results(const Multiplier& me, const SharedBatch& here, const UnitRecord& unit, u32 tile,
+                                     const Accumulators<N>& sums) {
+  const u32 size = unit.hidden;
+  const u32 rows = here.batch.rows;
+  auto address = [&](u32 row) { return here.target[row]; };
+#pragma unroll
+  for (u32 box = 0; box < 2; ++box) {
+    const u32 first = tile * kTileRows + box * kBoxRows;
+    const float bias[2] = {bias_at<T>(unit.down_bias, first + me.row(0), size),
+                           bias_at<T>(unit.down_bias, first + me.row(1), size)};
+    if ((unit.reply_flags & kReplyFloat32) == 0) {
+      write_pairs<T, N>(me, first, size, rows, [&](u32 r, u32 j, u32 e) { return sums[box][4 * j + 2 * r + e] + bias[r]; },
+                        address);
+    } else {
+#pragma unroll
+      for (u32 i = 0; i < N / 2; ++i) {
+        const u32 r = i / 2 % 2, row = i / 4 * 8 + me.lane % 4 * 2 + i % 2, column = first + me.row(r);
+        if (row < rows && column < size)
+          reinterpret_cast<float*>(here.target[row])[column] = sums[box][i] + bias[r];
+      }
+    }
+  }
+}
+
+// --- a batch ---
+
+template <typename T, int N>
+__device__ inline void serve_batch(const ServerArguments& args, SharedState& shared, Multiplier& me,
+                                   const SharedBatch& here) {
+  const UnitRecord& unit = args.units[here.batch.layer];
+  const u32 id = here.batch.id;
+  if (me.width != N) {
+    me.width = N;
+    me.position.stage = 0;
+  }
+  Accumulators<N> sums;
+  for (u32 phase = 0; phase < 2; ++phase) {
+    const Phase shape = phase_of(unit, phase);
+    const u32 end = share_begin(shape, blockIdx.x + 1);
+    u32 at = share_begin(shape, blockIdx.x);
+    while (at < end) {
+      const u32 tile = at / shape.depth, depth = at % shape.depth;
+      const u32 stages = min(shape.depth - depth, end - at);
+#pragma unroll
+      for (u32 i = 0; i < N; ++i) sums[i / (N / 2)][i % (N / 2)] = 0.0f;
+      multiply<T, N>(args, shared, me, stages, sums);
+      at += stages;
+      if (depth != 0) {
+        store_partial<N>(args, me, id, phase, sums);
+        continue;
+      }
+      if (stages < shape.depth) add_partials<N>(args, me, id, phase, shape, tile, sums);
+      if (phase == 0)
+        write_inner<T, N>(args, me, here.batch, unit, tile, sums);
+      else
+        write_results<T, N>(me, here, unit, tile, sums);
+    }
+  }
+  __threadfence_system();
+  me.sync_group();
+  if (me.thread < 32) {
+    u32 before = 0;
+    if (me.lane == 0) before = add_acq_rel_gpu(&args.state->progress[id % 2].finished, 1);
+    if (__shfl_sync(kAllLanes, before, 0) == kMultipliers * gridDim.x - 1) complete_batch(args, here.batch);
+  }
+}
+
+// O4 for a fused batch: this warpgroup's part of the rows, into one matrix that the bulk copy engine can read.
+__device__ inline void gather_rows(const ServerArguments& args, const Multiplier& me, const SharedBatch& here) {
+  const u32 row_units = args.units[here.batch.layer].hidden / 8;  // of 16 bytes
+  const u32 parity = here.batch.id % 2;
+  auto* target = reinterpret_cast<uint4*>(args.gathered[parity]);
+  const u32 all = kMultipliers * gridDim.x * 128;
+  for (u32 i = (blockIdx.x * kMultipliers + me.group) * 128 + me.thread; i < here.batch.rows * row_units; i += all) {
+    const u32 row = i / row_units;
+    __stcg(target + i, __ldcg(reinterpret_cast<const uint4*>(here.source[row]) + (i - row * row_units)));
+  }
+  fence_async_proxy();
+  __threadfence();
+  me.sync_group();
+  if (me.thread == 0) add_acq_rel_gpu(&args.state->progress[parity].gathered, 1);
+}
+
+template <typename T>
+__device__ inline void multiply_batches(const ServerArguments& args, SharedState& shared, std::uint8_t* ring,
+                                        u32 first) {
+  Multiplier me = {};
+  me.group = threadIdx.x / 128 - 1;
+  me.thread = threadIdx.x % 128;
+  me.lane = threadIdx.x % 32;
+  me.ring = shared_address(ring);
+  for (u32 id = first;; ++id) {
+    const SharedBatch& here = wait_batch(args, shared, id, first);
+    if (here.batch.kind == BatchKind::kExit) break;
+    if (here.batch.requests > 1) gather_rows(args, me, here);
+    switch (width_index(here.batch.rows)) {
+      case 0: serve_batch<T, 8>(args, shared, me, here); break;
+      case 1: serve_batch<T, 16>(args, shared, me, here); break;
+      case 2: serve_batch<T, 32>(args, shared, me, here); break;
+      case 3: serve_batch<T, 64>(args, shared, me, here); break;
+      default: serve_batch<T, 128>(args, shared, me, here); break;
+    }
+    me.sync_group();
+    if (me.thread == 0) barrier_arrive(&shared.batch_empty[id % 2]);
+  }
+}
+
+}  // namespace cas
+}  // namespace sidp
+
+#endif

@@ -1,0 +1,45 @@
+#include "tensor_maps.hpp"
+
+#include "cuda_check.hpp"
+
+namespace sidp {
+namespace cas {
+
+namespace {
+
+using Encode = decltype(&cuTensorMapEncodeTiled);
+
+Encode encode_function() {
+  static const Encode function = [] {
+    void* pointer = nullptr;
+    cudaDriverEntryPointQueryResult result;
+    SIDP_CUDA_CHECK(
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &pointer, 12000, cudaEnableDefault, &result));
+    SIDP_REQUIRE(result == cudaDriverEntryPointSuccess, Error,
+                 "the driver has no cuTensorMapEncodeTiled; CUDA 12 or newer is needed for the sm_90a path");
+    return reinterpret_cast<Encode>(pointer);
+  }();
+  return function;
+}
+
+}  // namespace
+
+CUtensorMap matrix_map(Dtype dtype, const void* start, std::uint64_t columns, std::uint64_t rows,
+                       std::uint64_t pitch_bytes, std::uint32_t box_rows) {
+  CUtensorMap map;
+  const cuuint64_t sizes[2] = {columns, rows};
+  const cuuint64_t pitches[1] = {pitch_bytes};
+  const cuuint32_t box[2] = {64, box_rows};
+  const cuuint32_t steps[2] = {1, 1};
+  const CUresult result = encode_function()(
+      &map, dtype == Dtype::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2,
+      const_cast<void*>(start), sizes, pitches, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  SIDP_REQUIRE(result == CUDA_SUCCESS, LayoutError, "no tensor map for a matrix of ", rows, " x ", columns, " at ",
+               start, " with rows ", pitch_bytes, " bytes apart (driver error ", static_cast<int>(result),
+               "); start and pitch must be multiples of 16 bytes");
+  return map;
+}
+
+}  // namespace cas
+}  // namespace sidp
