@@ -107,9 +107,9 @@ def _join_group(ctx: Context, rendezvous: str, backend: str, timeout: float) -> 
         store = dist.FileStore(str(ctx.tmp / "rendezvous"), ctx.world_size)
     elif ctx.rank == 0:
         store = dist.TCPStore("127.0.0.1", 0, ctx.world_size, True, timeout=limit, wait_for_workers=False)
-        ctx.say("port", store.port)
+        ctx.say("_port", store.port)
     else:
-        port = ctx.hear("port", timeout)
+        port = ctx.hear("_port", timeout)
         store = dist.TCPStore("127.0.0.1", port, ctx.world_size, False, timeout=limit, wait_for_workers=False)
     dist.init_process_group(backend, store=store, rank=ctx.rank, world_size=ctx.world_size, timeout=limit)
 
@@ -139,12 +139,10 @@ def _rank_main(body, rank, world_size, tmp, pipe, env, rendezvous, backend, time
         pipe.send(("value", body(ctx, *args, **kwargs)))
     except BaseException as error:  # SystemExit too: the test wants to know
         failed = True
-        pipe.send(
-            ("error", type(error).__name__, str(error), traceback.format_exc(), _plain_attributes(error))
-        )
+        pipe.send(("error", type(error).__name__, str(error), traceback.format_exc(), _plain_attributes(error)))
     if not failed and rendezvous != "none":
         # The store lives in rank 0, so nobody leaves before all are done.
-        ctx.hear("leave", timeout)
+        ctx.hear("_leave", timeout)
         _leave_group()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -165,9 +163,7 @@ class Launch:
         self._open: set[int] = set(range(world_size))
         self._left = False
         self.processes = []
-        env = dict(
-            os.environ, OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME=os.environ.get("GLOO_SOCKET_IFNAME", "lo")
-        )
+        env = dict(os.environ, OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME=os.environ.get("GLOO_SOCKET_IFNAME", "lo"))
         for rank in range(world_size):
             here, there = _processes.Pipe()
             process = _processes.Process(
@@ -240,7 +236,7 @@ class Launch:
     def _release(self) -> None:
         if not self._left:
             self._left = True
-            self.tell("leave")
+            self.tell("_leave")
 
     def _pump(self) -> bool:
         """Takes in what the ranks send; False when the deadline has passed."""
@@ -260,8 +256,8 @@ class Launch:
         out = self._outcomes[rank]
         if message[0] == "say":
             self._said[rank][message[1]] = message[2]
-            if message[1] == "port":
-                self.tell("port", message[2])
+            if message[1] == "_port":
+                self.tell("_port", message[2])
         elif message[0] == "value":
             out.finished, out.value = True, message[1]
         else:
@@ -332,9 +328,7 @@ def parallel_launch(
     **kwargs: Any,
 ) -> list[Any]:
     """Runs `body(ctx, *args, **kwargs)` on every rank and returns the values; RankFailed if any failed."""
-    with start(
-        body, world_size, *args, timeout=timeout, rendezvous=rendezvous, backend=backend, **kwargs
-    ) as ranks:
+    with start(body, world_size, *args, timeout=timeout, rendezvous=rendezvous, backend=backend, **kwargs) as ranks:
         outcomes = ranks.join()
     if any(out.error or not out.finished for out in outcomes):
         raise RankFailed(_describe(outcomes), outcomes)
