@@ -12,6 +12,7 @@ from ._native import C
 from .control import ControlPlane
 from .errors import ConfigError
 from .memory import host_bytes
+from .probe import choose_shm_kind
 
 logger = logging.getLogger(__name__)
 
@@ -48,12 +49,14 @@ class ShmTransport:
         control.require_one_host()
         self._control = control
         self._extent_bytes = extent_bytes
+        self.kind, self.kind_reason = choose_shm_kind(control)
         self._arena = C.ShmArena(
             rank=control.rank,
             world_size=control.world_size,
             token=control.token,
             extent_bytes=extent_bytes[control.rank],
             mailbox_bytes=_EGRESS_BYTES,
+            kind=self.kind,
         )
         control.watch.attach_own(self._arena)
         self._mappings: dict[int, object] = {}
@@ -132,6 +135,8 @@ class ShmTransport:
         self._arena.unlink()
         self._mappings = {}
         self._arena = None
+        if self.kind == "named":
+            C.sweep_names()  # what a killed rank could not unlink any more
 
 
 def _rate(variable: str) -> float:
