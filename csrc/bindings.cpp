@@ -12,6 +12,7 @@ namespace sidp {
 
 void bind_p2p(py::module_& module);
 void bind_ffn_cache(py::module_& module);
+void bind_cas_cpu(py::module_& module);
 
 namespace {
 
@@ -144,4 +145,5 @@ PYBIND11_MODULE(_C, m) {
   sidp::bind_core(m);
   sidp::bind_p2p(m);
   sidp::bind_ffn_cache(m);
+  sidp::bind_cas_cpu(m);
 }

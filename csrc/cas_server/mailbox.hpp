@@ -64,11 +64,14 @@ struct alignas(128) RegionHeader {
   std::uint64_t reserved[11];
 };
 
-// Line 1, CPU backend only: how a sleeping server is woken (R4b: add 1 to `bell`, wake the futex if `sleeping`).
+// Line 1, CPU backend only: how who sleeps on this region is woken. R4b, for the server: add 1 to `bell`, wake the futex
+// if `sleeping`. O7b, for this rank's threads that wait for replies: add 1 to `reply_bell`, wake all if `waiting`.
 struct alignas(128) DoorbellLine {
   std::uint32_t bell;
-  std::uint32_t sleeping;
-  std::uint32_t reserved[30];
+  std::uint32_t sleeping;  // the owner of the region writes it: its server sleeps on `bell`
+  std::uint32_t reply_bell;
+  std::uint32_t waiting;   // the owner of the region writes it: how many of its threads sleep on `reply_bell`
+  std::uint32_t reserved[28];
 };
 
 // One for each requester: the number of the last request pushed. 0: none yet. Written by the requester alone (R4).
@@ -101,7 +104,9 @@ struct alignas(128) ReplyRecord {
 };
 
 static_assert(sizeof(RegionHeader) == 128 && offsetof(RegionHeader, pool_id) == 32, "region header");
-static_assert(sizeof(DoorbellLine) == 128 && offsetof(DoorbellLine, sleeping) == 4, "doorbell line");
+static_assert(sizeof(DoorbellLine) == 128 && offsetof(DoorbellLine, sleeping) == 4 &&
+                  offsetof(DoorbellLine, reply_bell) == 8 && offsetof(DoorbellLine, waiting) == 12,
+              "doorbell line");
 static_assert(sizeof(TailLine) == 128 && offsetof(TailLine, sequence) == 0, "tail line");
 static_assert(sizeof(RequestRecord) == 64, "request record");
 static_assert(offsetof(RequestRecord, pool_id) == 8 && offsetof(RequestRecord, layer) == 16 &&

@@ -62,7 +62,9 @@ void bind_ffn_cache(py::module_& m) {
       .def_readonly("fetched_bytes", &cache::RingStats::fetched_bytes)
       .def_readonly("stalls", &cache::RingStats::stalls)
       .def_readonly("stall_seconds", &cache::RingStats::stall_seconds)
-      .def_readonly("restarts", &cache::RingStats::restarts);
+      .def_readonly("restarts", &cache::RingStats::restarts)
+      .def_readonly("fetch_seconds", &cache::RingStats::fetch_seconds)
+      .def_readonly("pauses", &cache::RingStats::pauses);
   py::class_<Ring>(m, "Ring")
       .def(py::init(&make_ring), py::arg("placement"), py::arg("rank"), py::arg("sources"), py::arg("dead_rank"),
            py::arg("slots"), py::arg("peak_shifting") = true, py::arg("poison") = false,
@@ -70,6 +72,8 @@ void bind_ffn_cache(py::module_& m) {
            py::arg("keep") = py::none(), py::keep_alive<1, 12>())  // `keep`: whatever owns the memory behind the addresses
       .def("acquire", &Ring::acquire, py::arg("layer"), py::arg("timeout_s"), py::call_guard<py::gil_scoped_release>())
       .def("release", &Ring::release, py::arg("layer"))
+      .def("pause", &Ring::pause)
+      .def("resume", &Ring::resume)
       .def("stop", &Ring::stop, py::call_guard<py::gil_scoped_release>())
       .def("slot_address", [](const Ring& ring, int slot) { return reinterpret_cast<std::uintptr_t>(ring.slot_address(slot)); })
       .def_property_readonly("bytes", &Ring::bytes)

@@ -71,6 +71,14 @@ void Ring::stop() {
   if (copy_thread_.joinable()) copy_thread_.join();
 }
 
+void Ring::pause() {
+  if (!paused_.exchange(true)) pauses_.fetch_add(1, std::memory_order_relaxed);
+}
+
+void Ring::resume() {
+  if (paused_.load(std::memory_order_relaxed) && paused_.exchange(false)) emptied_.notify();
+}
+
 void Ring::check_usable() const {
   guard_.require("the weight pool");
   if (stopped_.load(std::memory_order_relaxed))
@@ -85,6 +93,7 @@ void Ring::acquire(int layer, double timeout_s) {
   const bool tracing = trace_.on();
   const int index = schedule_.remote_index(layer);
   if (index >= 0) {
+    resume();
     std::uint64_t ticket = 0;
     if (!claim(index, ticket)) return;
     wait_ready(layer, schedule_.slot(index), ticket, timeout_s);
@@ -176,10 +185,16 @@ void Ring::copy_loop() {
       epoch = epoch_.load();
     }
     if (!wait_released(fetch, epoch)) continue;
+    wait_resumed();
     if (content_[fetch.slot] != fetch.index && !fill(fetch, epoch)) continue;
     words_[fetch.slot].ready.store(fetch.ticket + 1);
     filled_.notify();
   }
+}
+
+void Ring::wait_resumed() {
+  while (paused_.load() && !stopped_.load())
+    emptied_.wait(Deadline::after(1.0), [&] { return !paused_.load() || stopped_.load(); });
 }
 
 // False when the plan was made anew, or the ring stopped, before the slot was free.
@@ -201,6 +216,9 @@ bool Ring::fill(const Fetch& fetch, std::uint64_t epoch) {
   if (!engine_.run(copies_[fetch.index], slot, epoch_, epoch)) return false;
   content_[fetch.slot] = fetch.index;
   fetches_.fetch_add(1, std::memory_order_relaxed);
+  fetch_ns_.fetch_add(
+      std::chrono::duration_cast<std::chrono::nanoseconds>(Trace::Clock::now() - begin).count(),
+      std::memory_order_relaxed);
   fetched_bytes_.fetch_add(remote_bytes_[fetch.index], std::memory_order_relaxed);
   if (trace_.on())
     trace_.add(TraceEvent::Kind::fetch, schedule_.layer(fetch.index), fetch.slot, begin, Trace::Clock::now());
@@ -214,6 +232,8 @@ RingStats Ring::stats() const {
   stats.stalls = stalls_.load(std::memory_order_relaxed);
   stats.stall_seconds = static_cast<double>(stall_ns_.load(std::memory_order_relaxed)) * 1e-9;
   stats.restarts = restarts_.load(std::memory_order_relaxed);
+  stats.fetch_seconds = static_cast<double>(fetch_ns_.load(std::memory_order_relaxed)) * 1e-9;
+  stats.pauses = pauses_.load(std::memory_order_relaxed);
   return stats;
 }
 

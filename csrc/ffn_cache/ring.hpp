@@ -36,6 +36,8 @@ struct RingStats {
   std::uint64_t stalls = 0;         // uses that found their slot not ready
   double stall_seconds = 0;
   std::uint64_t restarts = 0;       // uses out of the expected order
+  double fetch_seconds = 0;         // the copy thread spent copying
+  std::uint64_t pauses = 0;
 };
 
 class Ring {
@@ -56,6 +58,11 @@ class Ring {
   void acquire(int layer, double timeout_s);
   // Hands the layer's slot back for the next fetch.
   void release(int layer);
+
+  // No fetch begins from here on, what the slots hold stays; the next acquire of a remote layer resumes. For a rank that
+  // reaches its layers in another way for a while. Both idempotent.
+  void pause();
+  void resume();
 
   // Ends the copy thread; waiting and later uses throw PoolClosedError. Idempotent.
   void stop();
@@ -80,6 +87,7 @@ class Ring {
   void release_slot(int index);
 
   void copy_loop();
+  void wait_resumed();
   bool wait_released(const Fetch& fetch, std::uint64_t epoch);
   bool fill(const Fetch& fetch, std::uint64_t epoch);
 
@@ -106,6 +114,7 @@ class Ring {
 
   std::vector<int> content_;  // remote index a slot holds whole; the copy thread's own
   std::atomic<bool> stopped_{false};
+  std::atomic<bool> paused_{false};
   Signal filled_;
   Signal emptied_;
 
@@ -114,6 +123,8 @@ class Ring {
   std::atomic<std::uint64_t> stalls_{0};
   std::atomic<std::uint64_t> stall_ns_{0};
   std::atomic<std::uint64_t> restarts_{0};
+  std::atomic<std::uint64_t> fetch_ns_{0};
+  std::atomic<std::uint64_t> pauses_{0};
   Trace trace_;
   std::thread copy_thread_;
 };
