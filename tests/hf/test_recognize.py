@@ -178,3 +178,10 @@ def test_only_the_decoder_of_a_composite_model_is_pooled():
         find_ffns(model)
     model.get_decoder = lambda: model.text.model
     assert [f.path for f in find_ffns(model)] == [f"text.model.layers.{i}.mlp" for i in range(5)]
+
+
+def test_refused_types_are_told_by_their_config():
+    model = models.build("llama")
+    model.config.model_type = "gemma3n_text"
+    with pytest.raises(ConfigError, match=r"gemma3n.*statistics"):
+        find_ffns(model)

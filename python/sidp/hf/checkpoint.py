@@ -23,7 +23,7 @@ def resolve_folder(path: str | os.PathLike[str], hub: dict[str, Any]) -> Path:
         return folder
     if folder.exists():
         raise ConfigError(f"{path} is a file, expected a folder with config.json and {_SINGLE}.")
-    if folder.is_absolute() or len(folder.parts) != 2:
+    if folder.is_absolute() or len(folder.parts) > 2:
         raise ConfigError(f"{path} does not exist; expected a folder with config.json and {_SINGLE}, or a hub id.")
     from huggingface_hub import snapshot_download
     from huggingface_hub.constants import HF_HUB_OFFLINE

@@ -21,7 +21,7 @@ from ..errors import ConfigError, LayoutError, SidpError
 from ..pool import WeightPool
 from .agree import agreement
 from .checkpoint import Checkpoint, resolve_folder
-from .pooling import install
+from .pooling import install, release_host_memory
 from .recognize import FoundFFN, find_ffns
 
 _HUB_KWARGS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
@@ -50,6 +50,7 @@ def from_pretrained(
     with agreement(group, config) as others:
         loader = _Loader(path, dtype, dict(hf_kwargs), lambda: others.barrier("checkpoint checked"))
         model = loader.load_rest()
+        release_host_memory()  # what transformers used on the way
         others.barrier("from_pretrained")
     with contextlib.ExitStack() as on_error:
         pool = on_error.enter_context(WeightPool([f.unit for f in loader.ffns], group=group, config=config))
@@ -117,6 +118,8 @@ class _Loader:
                 key = self._key_of[f"{ffn.path}.{spec.name}"]
                 for index in pool.wants(layer, spec.name):
                     pool.load_slice(layer, spec.name, index, self.checkpoint.read(key, index).to(spec.dtype))
+            if pool.owns(layer):
+                release_host_memory()  # malloc would keep some of the parts just read
 
     def _strip(self, model: nn.Module) -> None:
         """Runs on the meta skeleton: find the FFNs, check their tensors in the files, make them absent."""

@@ -168,7 +168,7 @@ def _moe_inside(layer: nn.Module) -> tuple[str, nn.Module] | None:
 def _candidates(layer: nn.Module) -> Iterator[tuple[str, nn.Module, dict[str, str]]]:
     for name, module in layer.named_modules():
         for pattern in _PATTERNS:
-            if all(child in module._modules for child in pattern):
+            if all(module._modules.get(child) is not None for child in pattern):
                 yield name, module, pattern
                 break
 
@@ -181,11 +181,12 @@ def _projections(module: nn.Module, pattern: dict[str, str], path: str) -> tuple
     found = []
     for name, role in pattern.items():
         child = module._modules[name]
-        weight = child._parameters.get("weight") if child is not None else None
-        if child is None or not _is_linear(child) or type(weight) is not nn.Parameter or weight.dim() != 2:
+        weight = child._parameters.get("weight")
+        plain = type(weight) is nn.Parameter and type(weight.data) is torch.Tensor and weight.dim() == 2
+        if not _is_linear(child) or not plain:
             raise ConfigError(
                 f"{path}.{name} is a {type(child).__name__}, expected a plain nn.Linear or Conv1D with its own weight. "
-                "Quantised, adapted or parametrised projections cannot be pooled: dequantise, merge the adapter "
+                "Quantised, sharded, adapted or parametrised projections cannot be pooled: dequantise, merge adapters "
                 "(merge_and_unload) or remove the parametrisation first."
             )
         extra = set(dict(child.named_parameters())) - {"weight", "bias"} | set(dict(child.named_buffers()))
