@@ -112,6 +112,9 @@ def plot_timeline(
 
 
 def _draw_layers(axes, shown: Sequence[TraceEvent], layers: int, begin: float) -> None:
+    from matplotlib.patches import Patch
+
+    handles = []
     for kind, label in (("fetch", "fetch from the owner"), ("compute", "FFN compute"), ("stall", "stall")):
         bars = [event for event in shown if event[0] == kind]
         axes.barh(
@@ -120,13 +123,13 @@ def _draw_layers(axes, shown: Sequence[TraceEvent], layers: int, begin: float) -
             left=[(event[3] - begin) * 1e3 for event in bars],
             height=0.8,
             color=_COLOURS[kind],
-            label=f"{label} ({len(bars)})",
         )
+        handles.append(Patch(color=_COLOURS[kind], label=f"{label} ({len(bars)})"))
     axes.set_ylim(layers - 0.4, -0.6)  # layer 0 on top, as a forward runs
     axes.set_ylabel("layer")
     axes.yaxis.get_major_locator().set_params(integer=True)
     axes.grid(axis="x", alpha=0.25)
-    axes.legend(loc="upper right", fontsize=9, framealpha=0.9)
+    axes.legend(handles=handles, loc="upper right", fontsize=9, framealpha=0.9)
 
 
 def _draw_ring(axes, held: Sequence[Stay], slots: int, begin: float) -> None:
@@ -151,4 +154,4 @@ def _draw_ring(axes, held: Sequence[Stay], slots: int, begin: float) -> None:
     axes.set_yticks(range(slots))
     axes.set_ylabel("ring slot\n(layer inside)")
     axes.grid(axis="x", alpha=0.25)
-    axes.legend(loc="upper right", fontsize=8, ncols=3, framealpha=0.9)
+    axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), fontsize=8, ncols=3, frameon=False)

@@ -86,7 +86,9 @@ def run(args: argparse.Namespace) -> int:
     if args.plot:
         from ..plot import plot_timeline
 
-        plot_timeline(reports[0].trace, args.plot, title=f"{model.name}, rank 0 of {args.dp}, {args.placement}")
+        plot_timeline(
+            reports[0].trace, args.plot, title=f"{model.name}, rank 0 of {args.dp}, {args.placement} placement"
+        )
     if args.json:
         demo_report.print_json(job, reports)
     else:
