@@ -4,6 +4,7 @@
 
 #include "error.hpp"
 #include "placement.hpp"
+#include "policy.hpp"
 #include "schedule.hpp"
 
 namespace py = pybind11;
@@ -105,8 +106,8 @@ void bind_core(py::module_& m) {
       .def_property_readonly("replicated_bytes", &Placement::replicated_bytes)
       .def_property_readonly("largest_unit_bytes", &Placement::largest_unit_bytes);
   py::class_<FetchSchedule>(m, "FetchSchedule")
-      .def(py::init<const Placement&, int, int, bool>(), py::arg("placement"), py::arg("rank"), py::arg("slots"),
-           py::arg("peak_shifting") = true)
+      .def(py::init<const Placement&, int, int, bool, const std::vector<bool>&>(), py::arg("placement"), py::arg("rank"),
+           py::arg("slots"), py::arg("peak_shifting") = true, py::arg("local") = std::vector<bool>())
       .def_property_readonly("order", &FetchSchedule::order)
       .def_property_readonly("num_remote", &FetchSchedule::num_remote)
       .def_property_readonly("slots", &FetchSchedule::slots)
@@ -128,7 +129,41 @@ void bind_core(py::module_& m) {
         for (std::int64_t use : last_use) uses.push_back(use < 0 ? kNever : static_cast<std::uint64_t>(use));
         return queue.restart(index, uses);
       });
-  m.def("default_slots", &default_slots, py::arg("placement"), py::arg("rank"), py::arg("peak_shifting") = true);
+  m.def("default_slots", &default_slots, py::arg("placement"), py::arg("rank"), py::arg("peak_shifting") = true,
+        py::arg("local") = std::vector<bool>());
+}
+
+void bind_policy(py::module_& m) {
+  py::class_<TimeTable>(m, "TimeTable")
+      .def(py::init<std::vector<std::pair<double, double>>>(), py::arg("points"))
+      .def("at", &TimeTable::at, py::arg("rows"));
+  py::class_<PolicyModel>(m, "PolicyModel")
+      .def(py::init<>())
+      .def_readwrite("layers", &PolicyModel::layers)
+      .def_readwrite("remote_layers", &PolicyModel::remote_layers)
+      .def_readwrite("fetch_bytes", &PolicyModel::fetch_bytes)
+      .def_readwrite("link_bytes_per_s", &PolicyModel::link_bytes_per_s)
+      .def_readwrite("round_trip_s", &PolicyModel::round_trip_s)
+      .def_readwrite("row_bytes", &PolicyModel::row_bytes)
+      .def_readwrite("owner_share", &PolicyModel::owner_share)
+      .def_readwrite("fused_factor", &PolicyModel::fused_factor)
+      .def_readwrite("compute", &PolicyModel::compute);
+  py::class_<ModePolicy>(m, "ModePolicy")
+      .def(py::init<PolicyModel>(), py::arg("model"))
+      .def("enter", [](ModePolicy& p, int layer, double rows, double now) { return p.enter(layer, rows, now) == Mode::cas; },
+           py::arg("layer"), py::arg("rows"), py::arg("now"))
+      .def("leave", &ModePolicy::leave, py::arg("now"))
+      .def("set_link", &ModePolicy::set_link)
+      .def("set_fused_factor", &ModePolicy::set_fused_factor)
+      .def_property_readonly("mode", [](const ModePolicy& p) { return mode_name(p.mode()); })
+      .def_property_readonly("iterations", &ModePolicy::iterations)
+      .def_property_readonly("switches", &ModePolicy::switches)
+      .def_property_readonly("reason", &ModePolicy::reason);
+  m.def("predict", [](const PolicyModel& model, double rows, double outside_s) {
+    const Prediction p = predict(model, rows, outside_s);
+    return py::make_tuple(p.fetch_s, p.was_s, p.cas_s);
+  }, py::arg("model"), py::arg("rows"), py::arg("outside_s") = 0.0);
+  m.def("crossover_rows", &crossover_rows, py::arg("model"), py::arg("outside_s") = 0.0, py::arg("limit") = 65536);
 }
 
 }  // namespace
@@ -143,6 +178,7 @@ PYBIND11_MODULE(_C, m) {
 #endif
   py::register_exception_translator(&sidp::translate);
   sidp::bind_core(m);
+  sidp::bind_policy(m);
   sidp::bind_p2p(m);
   sidp::bind_ffn_cache(m);
   sidp::bind_cas_cpu(m);

@@ -147,7 +147,8 @@ void bind_requester(py::module_& m) {
   py::class_<CpuRequester>(m, "CasRequester")
       .def(py::init([](int rank, const Geometry& geometry, std::uint64_t pool_id, bool striped,
                        const std::vector<std::uintptr_t>& regions, std::vector<RemoteLayer> layers,
-                       std::shared_ptr<PeerWatch> watch, std::uintptr_t activity, double link_bytes_per_s,
+                       std::shared_ptr<PeerWatch> watch, std::uintptr_t activity,
+                       const std::vector<std::uintptr_t>& phases, double link_bytes_per_s,
                        const py::object&) {
              RequesterOptions options;
              options.rank = rank;
@@ -158,12 +159,13 @@ void bind_requester(py::module_& m) {
              options.layers = std::move(layers);
              options.watch = std::move(watch);
              options.activity = reinterpret_cast<std::uint64_t*>(activity);
+             for (std::uintptr_t phase : phases) options.phases.push_back(reinterpret_cast<const std::uint32_t*>(phase));
              options.link_bytes_per_s = link_bytes_per_s;
              return std::make_unique<CpuRequester>(std::move(options));
            }),
            py::arg("rank"), py::arg("geometry"), py::arg("pool_id"), py::arg("striped"), py::arg("regions"),
-           py::arg("layers"), py::arg("watch"), py::arg("activity") = 0, py::arg("link_bytes_per_s") = 0.0,
-           py::arg("keep") = py::none(), py::keep_alive<1, 11>())
+           py::arg("layers"), py::arg("watch"), py::arg("activity") = 0, py::arg("phases") = std::vector<std::uintptr_t>{},
+           py::arg("link_bytes_per_s") = 0.0, py::arg("keep") = py::none(), py::keep_alive<1, 12>())
       .def("submit",
            [](CpuRequester& requester, int layer, std::uintptr_t x, std::uintptr_t y, std::uint64_t rows, double timeout_s) {
              return requester.submit(layer, bytes_at(x), reinterpret_cast<std::byte*>(y), rows, timeout_s);

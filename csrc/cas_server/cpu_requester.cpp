@@ -189,7 +189,11 @@ void CpuRequester::wait_for_reply(Channel& channel, int owner, std::uint64_t seq
 }
 
 void CpuRequester::check_owner(Channel& channel, int owner) {
-  if (owner == options_.rank || options_.watch == nullptr) return;
+  if (owner == options_.rank) return;
+  if (static_cast<std::size_t>(owner) < options_.phases.size() && options_.phases[owner] != nullptr &&
+      load_acquire(options_.phases[owner]) == static_cast<std::uint32_t>(ArenaPhase::failed))
+    fail(channel, owner, "raised an error and left");
+  if (options_.watch == nullptr) return;
   const PeerState state = options_.watch->state(owner);
   if (state == PeerState::dead) fail(channel, owner, "died");
   if (state == PeerState::closed) fail(channel, owner, "closed the pool");

@@ -35,6 +35,7 @@ struct RequesterOptions {
   std::vector<std::byte*> regions;
   std::vector<RemoteLayer> layers;
   std::shared_ptr<PeerWatch> watch;
+  std::vector<const std::uint32_t*> phases;  // ArenaHeader::phase of every rank; empty or null: not looked at
   std::uint64_t* activity = nullptr;  // counts requests, for peers that wait for this rank to finish
   double link_bytes_per_s = 0;        // cap that stands for a link's limit; 0: none
 };

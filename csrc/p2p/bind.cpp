@@ -104,6 +104,7 @@ void bind_arenas(py::module_& m) {
       .def_property_readonly("extent_bytes", &PeerMapping::extent_bytes)
       .def_property_readonly("mailbox_bytes", &PeerMapping::mailbox_bytes)
       .def_property_readonly("activity", [](const PeerMapping& mapping) { return load_relaxed(&mapping.header()->activity); })
+      .def_property_readonly("phase_word", [](const PeerMapping& mapping) { return address(&mapping.header()->phase); })
       .def_property_readonly("phase", [](const PeerMapping& mapping) { return phase_name(mapping.phase()); })
       .def("close", &PeerMapping::close, NoGil())
       .def_property_readonly("closed", &PeerMapping::closed);
