@@ -75,10 +75,11 @@ void bind_words(py::module_& m) {
              Region(reinterpret_cast<std::byte*>(region), geometry).write_header(pool_id);
            },
            py::arg("region"), py::arg("pool_id"));
-  py::class_<FfnSlice>(m, "FfnSlice")
-      .def(py::init<>())
+  py::class_<FfnSlice> slice(m, "FfnSlice");
+  slice.def(py::init<>())
       .def(py::init(&make_slice), py::arg("hidden"), py::arg("inner"), py::arg("activation"), py::arg("dtype"), py::arg("gate"),
            py::arg("up"), py::arg("down"), py::arg("gate_bias") = 0, py::arg("up_bias") = 0, py::arg("down_bias") = 0);
+  slice.def_readonly("inner", &FfnSlice::inner);
   py::class_<RemoteLayer>(m, "RemoteLayer")
       .def(py::init<>())
       .def(py::init([](std::uint32_t hidden, const std::string& dtype, int owner) {

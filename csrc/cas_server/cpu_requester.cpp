@@ -142,7 +142,7 @@ void CpuRequester::drain(Channel& channel, const Deadline& deadline, double time
     stats_.wait_seconds += std::chrono::duration<double>(Clock::now() - begin).count();
     for (int owner : channel.owners) {
       const ReplyRecord& reply = *regions_[options_.rank].reply(owner, slot);
-      note(reply);
+      note(reply, owner == channel.owners.front());
       if (refusing < 0 && (reply.status != 0 || reply.rows != piece.rows)) refusing = owner, status = reply.status;
     }
   }
@@ -158,9 +158,9 @@ void CpuRequester::drain(Channel& channel, const Deadline& deadline, double time
   throw LayoutError(text);
 }
 
-void CpuRequester::note(const ReplyRecord& reply) {
+void CpuRequester::note(const ReplyRecord& reply, bool first) {
   stats_.refused += reply.status != 0;
-  stats_.fused_rows += reply.batch_rows;
+  if (first) stats_.fused_rows += reply.batch_rows;
   stats_.service_seconds += static_cast<double>(reply.service_ns) * 1e-9;
 }
 

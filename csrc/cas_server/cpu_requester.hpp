@@ -44,7 +44,7 @@ struct RequesterStats {
   std::uint64_t requests = 0;
   std::uint64_t rows = 0;
   std::uint64_t refused = 0;
-  std::uint64_t fused_rows = 0;      // rows of the batches that this rank's requests were part of
+  std::uint64_t fused_rows = 0;      // rows of the batches that this rank's requests were part of (of the first owner asked)
   double service_seconds = 0;        // of those batches, as the owners measured them
   double wait_seconds = 0;           // spent waiting for answers
 };
@@ -97,7 +97,7 @@ class CpuRequester {
   void check_owner(Channel& channel, int owner);
   [[noreturn]] void fail(Channel& channel, int owner, const std::string& why);
   void read_rows(const Channel& channel, const Piece& piece);
-  void note(const ReplyRecord& reply);
+  void note(const ReplyRecord& reply, bool first);
   void take_turn(std::uint64_t bytes);
 
   RequesterOptions options_;

@@ -27,6 +27,8 @@ class TensorSpec:
         dtype: a torch dtype.
         split: how the intermediate dimension lies in it: "rows" (dimension 0), "cols" (dimension 1), "none" (it has none).
         groups: blocks concatenated along the split dimension, 2 for a fused gate_up of [2 * I, H].
+        role: what it is in the unit's formula: "gate", "up", "gate_up", "down", or one of them with "_bias"; empty
+            where the name says so. Read by CaS only.
     """
 
     name: str
@@ -34,6 +36,7 @@ class TensorSpec:
     dtype: torch.dtype
     split: str = "none"
     groups: int = 1
+    role: str = ""
 
     def __post_init__(self):
         object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))

@@ -60,8 +60,4 @@ def ffn_forward(x: torch.Tensor, pool, layer: int) -> torch.Tensor:
             f"x is {tuple(x.shape)} {x.dtype} on {x.device}, but layer {layer} takes "
             f"[..., {spec.hidden_size}] {spec.dtype} on {pool.device}: convert x first"
         )
-    weights = pool.acquire(layer)
-    try:
-        return apply_formula(x, weights, spec)
-    finally:
-        pool.release(layer)
+    return pool.run(layer, x, lambda weights: apply_formula(x, weights, spec))

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+from . import cas, policy
 from ._native import C
 from .config import FFNSpec, PoolConfig, Unit
 from .control import ControlPlane
@@ -45,6 +46,8 @@ class WeightPool:
         self._tensors: list[dict[str, torch.Tensor]] = []
         self._on_close: list[Callable[[], None]] = []
         self._ring = None
+        self._cas: cas.CpuCas | None = None
+        self._policy: policy.AutoPolicy | None = None
         try:
             self.units = _units(specs)
             self._formulas = [unit.formula for unit in self.units]
@@ -84,10 +87,6 @@ class WeightPool:
     def _check_config(self) -> None:
         config, world, layers = self.config, self.world_size, self.num_layers
         self.device = _device(config.device)
-        if config.mode == "cas":
-            raise ConfigError(
-                "mode='cas' needs the CaS server, which this version does not have yet: use 'was' or 'auto'"
-            )
         if config.host_tier:
             raise ConfigError("host_tier=True needs the CUDA backend: leave it False on the CPU")
         if config.resident_layers > layers:
@@ -106,6 +105,7 @@ class WeightPool:
         mine = {
             "specs": [_describe(unit) for unit in self.units],
             "config": {name: str(value) for name, value in self.config.shared_fields().items()},
+            "cas": self._wants_cas(),
         }
         replies = self._control.exchange("agree", json.dumps(mine).encode())
         first = json.loads(replies[0])
@@ -115,6 +115,14 @@ class WeightPool:
                 raise ConfigError(
                     f"rank 0 and rank {rank} disagree on {difference}: give all ranks the same specs and config"
                 )
+        # The mode is each rank's own affair, but whoever wants CaS needs everybody's server.
+        self._cas_offered = any(json.loads(reply)["cas"] for reply in replies)
+
+    def _wants_cas(self) -> bool:
+        if self.config.mode == "cas":
+            cas.geometry(self.units, max(1, self.world_size), False)  # ConfigError where no layer can be served
+            return True
+        return self.config.mode == "auto" and policy.auto_may_use_cas(self.units)
 
     def _plan(self) -> None:
         """Chooses placement and slots, and decides whether pooling pays at all."""
@@ -137,6 +145,9 @@ class WeightPool:
         self.active = not self.reason
         resident = config.resident_layers if self.active else 0
         self.placement = C.Placement(config.placement, layouts, plan_world, resident)
+        self._geometry = None
+        if self.active and self._cas_offered:
+            self._geometry = cas.geometry(self.units, world, config.placement == "striped")
 
     def _choose_slots(self, placement) -> None:
         config = self.config
@@ -170,7 +181,9 @@ class WeightPool:
         if not self.active:
             return LocalMemory(self.placement.arena_bytes(self._plan_rank))
         return ShmTransport(
-            self._control, [self.placement.arena_bytes(rank) for rank in range(self.world_size)]
+            self._control,
+            [self.placement.arena_bytes(rank) for rank in range(self.world_size)],
+            0 if self._geometry is None else self._geometry.bytes,
         )
 
     # ---- loading ------------------------------------------------------------------------------------------------------
@@ -224,8 +237,12 @@ class WeightPool:
         try:
             self._shares.check_complete()
             if self.active:
+                if self._geometry is not None:
+                    self._geometry.write_header(self._transport.own_region(), self._transport.pool_id)
                 self._transport.connect()
                 self._ring = self._make_ring()
+                if self._geometry is not None:
+                    self._start_cas()
                 self._control.barrier("committed")
         except SidpError as error:
             self._control.fail(error)
@@ -234,6 +251,17 @@ class WeightPool:
         self._tensors = [self._views(layer) for layer in range(self.num_layers)]
         self._modes = ["local" if self._is_local(layer) else "was" for layer in range(self.num_layers)]
         self._committed = True
+
+    def _start_cas(self) -> None:
+        striped = self.config.placement == "striped"
+        blas = C.open_blas(cas.blas_libraries())
+        self._cas = cas.CpuCas(
+            self.units, self.placement, self.rank, self._geometry, striped, blas=blas, **self._transport.cas_arguments()
+        )
+        if self.config.mode == "cas":
+            self._ring.pause()
+        elif self._wants_cas():
+            self._policy = policy.start(self, self._cas, blas)
 
     def _make_ring(self):
         return C.Ring(
@@ -276,13 +304,60 @@ class WeightPool:
         if self._ring is not None:
             self._ring.acquire(layer, self.config.timeout_s)
         self._calls[self._modes[layer]] += 1
-        self._last = layer
+        self._last, self._last_mode = layer, self._modes[layer]
         return self._tensors[layer]
 
     def release(self, layer: int) -> None:
         """Hands the layer's slot back, so that the next fetch into it may start."""
         if self._ring is not None:
             self._ring.release(layer)
+
+    def run(self, layer: int, x: torch.Tensor, own: Callable[[dict[str, torch.Tensor]], torch.Tensor]) -> torch.Tensor:
+        """The FFN of ``layer`` on x [..., H], in the mode that config or policy picks.
+
+        In CaS the owners compute it by the layer's formula; otherwise ``own(tensors(layer))`` is called between
+        acquire and release. CaS is taken only for x of the formula's dtype and width, outside autocast.
+
+        Raises:
+            PeerError: a rank that is needed died or does not answer. PoolClosedError: the pool is closed.
+        """
+        if self._cas is None:
+            return self._run_here(layer, own)
+        self._check_layer(layer)
+        rows = x.numel() // x.shape[-1] if x.dim() and x.shape[-1] else 0
+        if self._policy is None:
+            if self.config.mode == "cas" and self._can_send(layer, x):
+                return self._compute(layer, x)
+            return self._run_here(layer, own)
+        chosen = self._policy.enter(layer, rows)
+        try:
+            if chosen and self._can_send(layer, x):
+                return self._compute(layer, x)
+            return self._run_here(layer, own)
+        finally:
+            self._policy.leave()
+
+    def _run_here(self, layer: int, own: Callable[[dict[str, torch.Tensor]], torch.Tensor]) -> torch.Tensor:
+        weights = self.acquire(layer)
+        try:
+            return own(weights)
+        finally:
+            self.release(layer)
+
+    def _can_send(self, layer: int, x: torch.Tensor) -> bool:
+        spec = self._formulas[layer]
+        return (
+            self._cas.reaches[layer]
+            and x.dtype is spec.dtype
+            and x.shape[-1] == spec.hidden_size
+            and not torch.is_autocast_enabled("cpu")
+        )
+
+    def _compute(self, layer: int, x: torch.Tensor) -> torch.Tensor:
+        self._check_committed()
+        self._calls["cas"] += 1
+        self._last, self._last_mode = layer, "cas"
+        return self._cas.forward(layer, x, self.config.timeout_s)
 
     def _check_layer(self, layer: int) -> int:
         if not isinstance(layer, int) or not 0 <= layer < len(self.units):
@@ -322,15 +397,39 @@ class WeightPool:
             calls=dict(self._calls),
         )
         if sum(self._calls.values()):
-            stats.last_mode = self._modes[self._last]
-            stats.last_mode_reason = (
-                "the layer is here" if stats.last_mode == "local" else "weights are fetched ahead of use"
-            )
+            stats.last_mode = self._last_mode
+            stats.last_mode_reason = self._why(self._last_mode)
         if self._ring is not None:
             ring = self._ring.stats()
             stats.fetches, stats.fetched_bytes = ring.fetches, ring.fetched_bytes
             stats.stalls, stats.stall_seconds, stats.restarts = ring.stalls, ring.stall_seconds, ring.restarts
+            stats.link_bytes_per_s = ring.fetched_bytes / ring.fetch_seconds if ring.fetch_seconds > 0 else 0.0
+            stats.pauses = ring.pauses
+        if self._cas is not None:
+            self._add_cas(stats)
         return stats
+
+    def _why(self, mode: str) -> str:
+        if mode == "local":
+            return "the layer is here"
+        if self._policy is not None:
+            return self._policy.reason
+        if mode == "cas":
+            return "mode='cas' was asked for"
+        if self.config.mode == "cas":
+            return "CaS does not know this layer's formula, or the input is not what it takes: weights are fetched"
+        return "weights are fetched ahead of use"
+
+    def _add_cas(self, stats: PoolStats) -> None:
+        sent, served = self._cas.requester_stats(), self._cas.server_stats()
+        stats.requests_sent, stats.rows_sent = sent.requests, sent.rows
+        stats.cas_wait_seconds = sent.wait_seconds
+        stats.requests_served, stats.rows_served = served.requests, served.rows
+        stats.batches, stats.fused_batches = served.batches, served.fused_batches
+        stats.requests_refused = served.refused + served.broken
+        stats.requesters_retired, stats.server_busy_seconds = served.retired, served.busy_seconds
+        if self._policy is not None:
+            stats.mode_switches = self._policy.switches
 
     def start_trace(self, capacity: int = 100_000) -> None:
         """Records what the ring does from now on, at most ``capacity`` events."""
@@ -364,10 +463,12 @@ class WeightPool:
         for callback in self._on_close:
             callback()
         self._on_close.clear()
+        if self._cas is not None:
+            self._cas.stop()
         if self._ring is not None:
             self._ring.stop()
         self._tensors = []
-        self._ring = None
+        self._ring = self._cas = self._policy = None
         self._transport.close()
         self._control.close()
 

@@ -16,6 +16,15 @@ class PoolStats:
         fetches, fetched_bytes: units brought into the ring, and their bytes that came from other ranks.
         stalls, stall_seconds: uses that found their slot not ready, and the time they waited.
         restarts: uses out of the expected layer order, after which the prefetch was planned anew.
+        link_bytes_per_s: rate at which the copy thread fetched; 0 where it has not.
+        pauses: times the prefetch was paused because the rank was in CaS.
+        requests_sent, rows_sent, cas_wait_seconds: this rank's CaS requests (one per owner asked), their rows, and
+            the time it waited for answers.
+        requests_served, rows_served, batches, fused_batches: what this rank's server computed, in how many batches,
+            and how many of those joined several requests.
+        requests_refused: malformed records and mailboxes this rank's server refused.
+        requesters_retired: requesters that died. server_busy_seconds: time the server computed.
+        mode_switches: times mode="auto" changed between WaS and CaS.
         calls: FFN calls by mode ("local", "was", "cas").
         last_mode, last_mode_reason: the mode of the newest call, and why it was taken.
     """
@@ -34,6 +43,19 @@ class PoolStats:
     stalls: int = 0
     stall_seconds: float = 0.0
     restarts: int = 0
+    link_bytes_per_s: float = 0.0
+    pauses: int = 0
+    requests_sent: int = 0
+    rows_sent: int = 0
+    cas_wait_seconds: float = 0.0
+    requests_served: int = 0
+    rows_served: int = 0
+    batches: int = 0
+    fused_batches: int = 0
+    requests_refused: int = 0
+    requesters_retired: int = 0
+    server_busy_seconds: float = 0.0
+    mode_switches: int = 0
     calls: dict[str, int] = field(default_factory=dict)
     last_mode: str = ""
     last_mode_reason: str = ""

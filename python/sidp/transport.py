@@ -43,19 +43,21 @@ class ShmTransport:
     Args:
         control: the group's control plane.
         extent_bytes: every rank's extent area, by rank.
+        region_bytes: of each rank's CaS mailboxes; 0 where nobody uses CaS.
     """
 
-    def __init__(self, control: ControlPlane, extent_bytes: list[int]):
+    def __init__(self, control: ControlPlane, extent_bytes: list[int], region_bytes: int = 0):
         control.require_one_host()
         self._control = control
         self._extent_bytes = extent_bytes
+        self._mailbox_bytes = _EGRESS_BYTES + region_bytes
         self.kind, self.kind_reason = choose_shm_kind(control)
         self._arena = C.ShmArena(
             rank=control.rank,
             world_size=control.world_size,
             token=control.token,
             extent_bytes=extent_bytes[control.rank],
-            mailbox_bytes=_EGRESS_BYTES,
+            mailbox_bytes=self._mailbox_bytes,
             kind=self.kind,
         )
         control.watch.attach_own(self._arena)
@@ -78,7 +80,7 @@ class ShmTransport:
                 world_size=control.world_size,
                 token=control.token,
                 extent_bytes=self._extent_bytes[rank],
-                mailbox_bytes=_EGRESS_BYTES,
+                mailbox_bytes=self._mailbox_bytes,
             )
             control.watch.attach(self._mappings[rank])
         control.barrier("mapped")
@@ -86,10 +88,7 @@ class ShmTransport:
 
     def ring_arguments(self) -> dict:
         """What the ring needs of the transport: sources by rank, the liveness word, and what keeps them alive."""
-        owners = [
-            self._arena if rank == self._control.rank else self._mappings[rank]
-            for rank in range(self._control.world_size)
-        ]
+        owners = self._owners()
         return {
             "sources": [(owner.extents, owner.mailboxes) for owner in owners],
             "dead_rank": self._control.watch.dead_word,
@@ -97,6 +96,35 @@ class ShmTransport:
             "activity": self._arena.activity,
             **_ring_settings(),
         }
+
+    def own_region(self) -> int:
+        """Address of this rank's CaS mailboxes."""
+        return self._arena.mailboxes + _EGRESS_BYTES
+
+    def cas_arguments(self) -> dict:
+        """What CaS needs of the connected transport."""
+        owners = self._owners()
+        own = self._control.rank
+        return {
+            "regions": [owner.mailboxes + _EGRESS_BYTES for owner in owners],
+            "extents": self._arena.extents,
+            "watch": self._control.watch,
+            "settings": {
+                "pool_id": self.pool_id,
+                "activity": self._arena.activity,
+                "phases": [0 if rank == own else owner.phase_word for rank, owner in enumerate(owners)],
+                "link_bytes_per_s": rate_from_environment("SIDP_CPU_LINK_GBPS"),
+                "keep": (owners, self._control.watch),
+            },
+        }
+
+    @property
+    def pool_id(self) -> int:
+        return int.from_bytes(self._control.token[:8], "little")
+
+    def _owners(self) -> list:
+        own = self._control.rank
+        return [self._arena if rank == own else self._mappings[rank] for rank in range(self._control.world_size)]
 
     def serve_until_all_closed(self) -> None:
         """Keeps this rank's memory there until every peer has finished, failed or died.
@@ -139,7 +167,7 @@ class ShmTransport:
             C.sweep_names()  # what a killed rank could not unlink any more
 
 
-def _rate(variable: str) -> float:
+def rate_from_environment(variable: str) -> float:
     """Bytes per second from an environment variable in GB/s; 0 means no cap."""
     text = os.environ.get(variable, "0")
     try:
@@ -155,6 +183,6 @@ def _ring_settings() -> dict:
     poison = os.environ.get("SIDP_POISON")
     return {
         "poison": C.debug_build if poison is None else poison == "1",
-        "link_bytes_per_s": _rate("SIDP_CPU_LINK_GBPS"),
-        "owner_bytes_per_s": _rate("SIDP_CPU_OWNER_GBPS"),
+        "link_bytes_per_s": rate_from_environment("SIDP_CPU_LINK_GBPS"),
+        "owner_bytes_per_s": rate_from_environment("SIDP_CPU_OWNER_GBPS"),
     }

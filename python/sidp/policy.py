@@ -1,0 +1,190 @@
+"""mode="auto": each rank picks WaS or CaS by itself, per iteration, from measured rates.
+
+On the CPU "auto" stays with WaS, which is bit-identical, unless there is a reason to think that the link is the
+bottleneck: a cap on it (SIDP_CPU_LINK_GBPS, SIDP_CPU_OWNER_GBPS) or a profile (SIDP_PROFILE=<file that Profile.save
+wrote>).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from ._native import C
+from .cas import roles
+from .config import Unit
+from .errors import ConfigError
+
+_CALIBRATION_ROWS = (1, 4, 16, 64)
+_CALIBRATION_S = 1.0  # larger row counts are left out once this is spent
+_ROUND_TRIP_S = 150e-6  # of a request between two processes that may both have to be woken
+_LINK_EVERY = 16  # iterations between two looks at the ring's own rate
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Measured rates of one machine and one FFN shape.
+
+    Args:
+        link_gbps: what one rank can fetch, GB/s (1e9 bytes); 0 where nothing limits it.
+        compute: (rows, seconds) of one layer's FFN, ascending in rows.
+        round_trip_s: of a CaS request besides its computing.
+    """
+
+    link_gbps: float
+    compute: tuple[tuple[float, float], ...]
+    round_trip_s: float = _ROUND_TRIP_S
+
+    def __post_init__(self):
+        object.__setattr__(self, "compute", tuple((float(rows), float(s)) for rows, s in self.compute))
+        for name in ("link_gbps", "round_trip_s"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+                raise ConfigError(f"profile: {name} must be a number of 0 or more, got {value!r}")
+
+    def save(self, path: str | os.PathLike) -> None:
+        Path(path).write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Profile:
+        """ConfigError where the file is missing or is no profile."""
+        try:
+            return cls(**json.loads(Path(path).read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise ConfigError(f"{path} is no profile ({error}): write one with sidp.policy.Profile.save") from None
+
+
+def cap_bytes_per_s() -> float:
+    """The tighter of the caps SIDP_CPU_LINK_GBPS and SIDP_CPU_OWNER_GBPS; 0 where there is none."""
+    from .transport import rate_from_environment
+
+    rates = [rate_from_environment(name) for name in ("SIDP_CPU_LINK_GBPS", "SIDP_CPU_OWNER_GBPS")]
+    return min((rate for rate in rates if rate > 0), default=0.0)
+
+
+def auto_may_use_cas(units: Sequence[Unit]) -> bool:
+    """Whether mode="auto" has a reason to consider CaS here; see the module's head."""
+    if not any(roles(unit) is not None for unit in units):
+        return False
+    return bool(os.environ.get("SIDP_PROFILE")) or cap_bytes_per_s() > 0
+
+
+def calibrate(run: Callable[[int], None], scale: float = 1.0) -> tuple[tuple[float, float], ...]:
+    """(rows, seconds) of ``run(rows)``, each time multiplied by ``scale``: the better of two runs after a warm one."""
+    begin, points = time.perf_counter(), []
+    for rows in _CALIBRATION_ROWS:
+        if points and time.perf_counter() - begin > _CALIBRATION_S:
+            break
+        took = []
+        for _ in range(3):
+            start = time.perf_counter()
+            run(rows)
+            took.append(time.perf_counter() - start)
+        points.append((float(rows), max(1e-9, min(took[1:]) * scale)))
+    return tuple(points)
+
+
+def measure_compute(slices: Sequence, units: Sequence[Unit], blas) -> tuple[tuple[float, float], ...]:
+    """Times of one whole layer on this machine, measured on what this rank holds of one."""
+    for piece, unit in zip(slices, units, strict=True):
+        if piece.inner == 0:
+            continue
+        hidden, whole = unit.formula.hidden_size, unit.formula.intermediate_size
+        x = torch.zeros(max(_CALIBRATION_ROWS), hidden)
+        y = torch.empty_like(x)
+        return calibrate(
+            lambda rows, piece=piece, x=x, y=y: C.run_slice(piece, blas, x.data_ptr(), rows, y.data_ptr()),
+            whole / piece.inner,
+        )
+    return ((1.0, 1e-6), (64.0, 1e-6))  # this rank serves nothing: corrected by what iterations take
+
+
+def build_model(units: Sequence[Unit], placement, rank: int, slots: int, profile: Profile, parts: int):
+    """The native PolicyModel of one rank. ``parts``: owners that share a layer's computing (D in striped, else 1)."""
+    remote = [layer for layer in range(len(units)) if not placement.local(layer, rank)]
+    model = C.PolicyModel()
+    model.layers, model.remote_layers = len(units), len(remote)
+    fetched = sum(op.bytes for layer in remote for op in placement.copies(layer, rank) if op.owner != rank)
+    model.fetch_bytes = float(fetched) if len(remote) > slots else 0.0  # what fits in the ring is fetched once
+    model.link_bytes_per_s = profile.link_gbps * 1e9
+    model.round_trip_s = profile.round_trip_s
+    spec = next(unit.formula for unit in units if unit.formula is not None)
+    travelling = spec.dtype.itemsize * 2 if parts == 1 else (parts - 1) * (spec.dtype.itemsize + 4)
+    model.row_bytes = float(spec.hidden_size * travelling)
+    model.owner_share = 1 / parts
+    model.compute = C.TimeTable(list(profile.compute))
+    return model
+
+
+def crossover_rows(model, outside_s: float = 0.0, limit: int = 65536) -> int | None:
+    """The fewest rows an iteration needs for WaS to be at least as fast as CaS; None where ``limit`` rows do not do.
+
+    Args:
+        model: a native PolicyModel (``build_model``). outside_s: seconds of an iteration outside the FFNs.
+    """
+    rows = C.crossover_rows(model, outside_s, limit)
+    return None if rows > limit else rows
+
+
+def start(pool, client, blas) -> AutoPolicy:
+    """The policy of a pool that is being committed: from SIDP_PROFILE, or measured here and now."""
+    parts = pool.world_size if pool.config.placement == "striped" else 1
+    path = os.environ.get("SIDP_PROFILE")
+    if path:
+        profile = Profile.load(path)
+    else:
+        profile = Profile(cap_bytes_per_s() / 1e9, measure_compute(client.slices, pool.units, blas))
+    model = build_model(pool.units, pool.placement, pool.rank, pool.slots, profile, parts)
+    return AutoPolicy(model, pool._ring, client.requester_stats)
+
+
+class AutoPolicy:
+    """One rank's choice, fed by its own calls; nothing of it is collective."""
+
+    def __init__(self, model, ring, requester_stats: Callable[[], object]):
+        self._policy = C.ModePolicy(model)
+        self._ring, self._requester_stats = ring, requester_stats
+        self._cas = False
+        self._looked_at = 0
+        self._rows = self._fused = 0
+
+    def enter(self, layer: int, rows: int) -> bool:
+        """Before an FFN call: whether its iteration runs by CaS. Pauses and wakes the ring where that changes."""
+        cas = self._policy.enter(layer, float(rows), time.perf_counter())
+        if cas is not self._cas:
+            self._cas = cas
+            self._ring.pause() if cas else self._ring.resume()
+        if layer == 0:
+            self._look()
+        return cas
+
+    def leave(self) -> None:
+        self._policy.leave(time.perf_counter())
+
+    @property
+    def reason(self) -> str:
+        return self._policy.reason
+
+    @property
+    def switches(self) -> int:
+        return self._policy.switches
+
+    def _look(self) -> None:
+        """Now and then: the link as the ring sees it, and how many rows the owners fuse with ours."""
+        self._looked_at += 1
+        if self._looked_at % _LINK_EVERY:
+            return
+        ring = self._ring.stats()
+        if ring.fetch_seconds > 0.01:
+            self._policy.set_link(ring.fetched_bytes / ring.fetch_seconds)
+        seen = self._requester_stats()
+        if seen.rows > self._rows:
+            self._policy.set_fused_factor((seen.fused_rows - self._fused) / (seen.rows - self._rows))
+        self._rows, self._fused = seen.rows, seen.fused_rows
