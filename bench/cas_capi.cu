@@ -114,6 +114,7 @@ void* sidp_cas_server(const ServerShape* shape, std::uint64_t region, const std:
     config.hidden = shape->hidden;
     config.intermediate = shape->intermediate;
     config.dtype = static_cast<Dtype>(shape->dtype);
+    config.reply_float32 = shape->reply_float32 != 0;
     config.pool_id = 77;
     config.rank = shape->rank;
     config.idle_ms = shape->idle_ms;
@@ -129,13 +130,12 @@ void* sidp_cas_server(const ServerShape* shape, std::uint64_t region, const std:
 }
 
 // units: gate, up, down, gate_bias, up_bias, down_bias
-int sidp_cas_register(void* server, u32 layer, const std::uint64_t* unit, u32 hidden, u32 intermediate, u32 activation,
-                      u32 reply_float32) {
+int sidp_cas_register(void* server, u32 layer, const std::uint64_t* unit, u32 hidden, u32 intermediate, u32 activation) {
   return guarded([&] {
     const std::vector<void*> p = pointers(unit, 6);
     static_cast<CudaServer*>(server)->register_unit(
         layer, UnitPointers{p[0], p[1], p[2], p[3], p[4], p[5]},
-        UnitShape{hidden, intermediate, static_cast<Activation>(activation), reply_float32 != 0});
+        UnitShape{hidden, intermediate, static_cast<Activation>(activation)});
   });
 }
 

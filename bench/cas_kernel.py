@@ -118,7 +118,7 @@ class Group:
         names = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
         pointers = (ctypes.c_uint64 * 6)(*[t[n].data_ptr() if n in t else 0 for n in names])
         self.ok(self.lib.sidp_cas_register(ctypes.c_void_p(server), layer, pointers, self.hidden, t["up"].shape[0],
-                                           ACTIVATIONS[unit.activation][0], int(self.striped)))  # fmt: skip
+                                           ACTIVATIONS[unit.activation][0]))  # fmt: skip
 
     def made(self, handle):
         if not handle:

@@ -12,7 +12,7 @@ namespace cas {
 
 __device__ inline float activate(Activation activation, float x) {
   switch (activation) {
-    case Activation::kSilu: return x / (1.0f + __expf(-x));
+    case Activation::kSilu: return __fdividef(x, 1.0f + __expf(-x));
     case Activation::kGelu: return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f));
     case Activation::kGeluTanh: {
       const float inner = 0.79788456080286536f * (x + 0.044715f * x * x * x);

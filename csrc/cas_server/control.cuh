@@ -118,10 +118,9 @@ __device__ inline bool head_request(const ServerArguments& args, Control& contro
     copy.words[0] = __ldcg(slot);
     copy.words[1] = __ldcg(slot + 1);
     const RequestRecord& record = copy.record;
-    const bool known = record.layer < args.layers;
-    const UnitRecord* unit = args.units + (known ? record.layer : 0);
-    const Status status = check_request(record, sequence, args.pool_id, args.geometry.max_rows,
-                                        known ? unit->hidden : 0, unit->dtype, unit->reply_flags);
+    const bool known = record.layer < args.layers && (args.held[record.layer / 32] >> record.layer % 32 & 1) != 0;
+    const Status status = check_request(record, sequence, args.pool_id, args.geometry.max_rows, known ? args.hidden : 0,
+                                        args.dtype, args.reply_flags);
     if (status == Status::kOk) {
       layer = record.layer;
       rows = record.rows;
@@ -233,7 +232,6 @@ __device__ inline void publish_batch(const ServerArguments& args, Control& contr
   }
   __syncwarp();
   if (lane == 0) {
-    __threadfence();
     store_release_gpu(&args.state->board_sequence, id);
   }
 }

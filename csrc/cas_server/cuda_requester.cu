@@ -8,8 +8,8 @@ namespace cas {
 
 namespace {
 
-constexpr u32 kCopyThreads = 512;
-constexpr u32 kCopyUnitsPerThread = 4;  // of 16 bytes
+constexpr u32 kCopyThreads = 1024;
+constexpr u32 kCopyUnitsPerThread = 4;  // of 16 bytes, in flight
 constexpr u32 kMaxCopyCtas = 16;
 
 // R1 and R5 end by the deadline or by the abort word too. The host's words are far away: looked at every 256 tries.
@@ -36,50 +36,70 @@ __device__ bool aligned16(const void* pointer, u64 pitch, u32 row_bytes) {
   return ((reinterpret_cast<u64>(pointer) | pitch | row_bytes) & 15) == 0;
 }
 
-// Rows of `row_bytes` between matrices of different pitch, by all CTAs of blockIdx.x.
-__device__ void copy_rows(std::uint8_t* target, u64 target_pitch, const std::uint8_t* source, u64 source_pitch, u32 rows,
-                          u32 row_bytes) {
+// Rows of `row_bytes` between matrices of different pitch, by all CTAs of blockIdx.x. The first loads are on their way
+// while `allowed()` (which meets the whole CTA) waits for leave to write; false where it was refused.
+template <typename Allowed>
+__device__ bool copy_rows(std::uint8_t* target, u64 target_pitch, const std::uint8_t* source, u64 source_pitch, u32 rows,
+                          u32 row_bytes, Allowed allowed) {
   const u32 first = blockIdx.x * kCopyThreads + threadIdx.x, threads = gridDim.x * kCopyThreads;
-  if (aligned16(target, target_pitch, row_bytes) && aligned16(source, source_pitch, row_bytes)) {
-    const u32 units = row_bytes / 16;
-    for (u32 i = first; i < rows * units; i += threads) {
-      const u32 row = i / units, unit = i - row * units;
-      const uint4 value = __ldcg(reinterpret_cast<const uint4*>(source + row * source_pitch) + unit);
-      reinterpret_cast<uint4*>(target + row * target_pitch)[unit] = value;
-    }
-  } else {
+  if (!aligned16(target, target_pitch, row_bytes) || !aligned16(source, source_pitch, row_bytes)) {
+    if (!allowed()) return false;
     const u32 units = row_bytes / 2;
     for (u32 i = first; i < rows * units; i += threads) {
       const u32 row = i / units, unit = i - row * units;
       const volatile u16* from = reinterpret_cast<const volatile u16*>(source + row * source_pitch);
       reinterpret_cast<u16*>(target + row * target_pitch)[unit] = from[unit];
     }
+    return true;
   }
+  const u32 units = row_bytes / 16, all = rows * units;
+  uint4 held[kCopyUnitsPerThread];
+  auto load = [&](u32 from) {
+#pragma unroll
+    for (u32 k = 0; k < kCopyUnitsPerThread; ++k) {
+      const u32 i = from + k * threads, row = i / units;
+      if (i < all) held[k] = __ldcg(reinterpret_cast<const uint4*>(source + row * source_pitch) + (i - row * units));
+    }
+  };
+  load(first);
+  if (!allowed()) return false;
+  for (u32 from = first; from < all; from += kCopyUnitsPerThread * threads) {
+    if (from != first) load(from);
+#pragma unroll
+    for (u32 k = 0; k < kCopyUnitsPerThread; ++k) {
+      const u32 i = from + k * threads, row = i / units;
+      if (i < all) reinterpret_cast<uint4*>(target + row * target_pitch)[i - row * units] = held[k];
+    }
+  }
+  return true;
 }
 
 // blockIdx.y: one owner each.
 __global__ void __launch_bounds__(kCopyThreads) push_rows(const __grid_constant__ RequesterArguments args,
                                                           const __grid_constant__ RowsArgument rows, u16 flags) {
-  __shared__ bool go;
   const u32 owner = rows.first_owner + blockIdx.y;
   RequesterState& state = args.states[owner];
   std::uint8_t* region = args.owner_region[owner];
   const u64 sequence = *const_cast<const volatile u64*>(&state.pushed) + 1;
   const u32 slots = args.geometry.slots, slot = slot_of(sequence, slots);
-  if (threadIdx.x == 0) {  // R1
-    const Fault fault = wait_bounded(args, [&] { return slot_is_free(sequence, load_acquire_sys(&state.consumed), slots); });
-    go = fault == Fault::kNone;
-    if (!go) report(args, fault, 0, owner, sequence);
-  }
-  __syncthreads();
-  if (!go) return;
-  const u32 row_bytes = args.hidden * 2;
-  copy_rows(region + args.geometry.request_rows(args.rank, slot), args.geometry.row_bytes,
-            static_cast<const std::uint8_t*>(rows.rows), rows.pitch_bytes, rows.count, row_bytes);  // R2
-  __threadfence_system();
+  auto slot_free = [&] {  // R1
+    bool free = true;
+    if (threadIdx.x == 0) {
+      const Fault fault =
+          wait_bounded(args, [&] { return slot_is_free(sequence, load_acquire_sys(&state.consumed), slots); });
+      free = fault == Fault::kNone;
+      if (!free) report(args, fault, 0, owner, sequence);
+    }
+    return __syncthreads_and(free) != 0;
+  };
+  if (!copy_rows(region + args.geometry.request_rows(args.rank, slot), args.geometry.row_bytes,
+                 static_cast<const std::uint8_t*>(rows.rows), rows.pitch_bytes, rows.count, args.hidden * 2,
+                 slot_free))  // R2
+    return;
   __syncthreads();
   if (threadIdx.x != 0) return;
   if (gridDim.x > 1) {
+    __threadfence_system();
     if (add_acq_rel_gpu(&state.push_arrivals, 1) != gridDim.x - 1) return;
     state.push_arrivals = 0;
   }
@@ -95,25 +115,33 @@ __global__ void __launch_bounds__(kCopyThreads) push_rows(const __grid_constant_
   store_release_sys(reinterpret_cast<u64*>(region + args.geometry.tail(args.rank)), sequence);  // R4
 }
 
-// R5 of one owner; the number that was waited for.
-__device__ bool wait_reply(const RequesterArguments& args, const RowsArgument& rows, u32 owner) {
+// What one thread waits for: the reply of one owner.
+struct Expected {
+  u32 owner;
+  u64 sequence;
+  const ReplyRecord* reply;
+  Fault fault;
+};
+
+// R5. The rows may be read afterwards; whether the reply fits is asked apart, so that the rows are already on their way.
+__device__ Expected wait_reply(const RequesterArguments& args, u32 owner) {
   const u64 sequence = *const_cast<const volatile u64*>(&args.states[owner].consumed) + 1;
   const auto* reply = reinterpret_cast<const ReplyRecord*>(
       args.region + args.geometry.reply(owner, slot_of(sequence, args.geometry.slots)));
   const Fault fault = wait_bounded(args, [&] { return load_acquire_sys(&reply->sequence) >= sequence; });
-  const volatile ReplyRecord* fields = reply;
-  if (fault != Fault::kNone) {
-    report(args, fault, 0, owner, sequence);
-  } else if (fields->sequence != sequence) {
-    report(args, Fault::kSequence, 0, owner, sequence);
-  } else if (fields->status != static_cast<u32>(Status::kOk)) {
-    report(args, Fault::kRefused, fields->status, owner, sequence);
-  } else if (fields->rows != rows.count) {
-    report(args, Fault::kSequence, 0, owner, sequence);
-  } else {
-    return true;
-  }
-  return false;
+  return Expected{owner, sequence, reply, fault};
+}
+
+__device__ bool reply_fits(const RequesterArguments& args, const Expected& expected, u32 rows) {
+  const volatile ReplyRecord* reply = expected.reply;
+  const u64 sequence = reply->sequence;
+  const u32 status = reply->status, answered = reply->rows;
+  Fault fault = expected.fault;
+  if (fault == Fault::kNone && sequence != expected.sequence) fault = Fault::kSequence;
+  if (fault == Fault::kNone && status != static_cast<u32>(Status::kOk)) fault = Fault::kRefused;
+  if (fault == Fault::kNone && answered != rows) fault = Fault::kSequence;
+  if (fault != Fault::kNone) report(args, fault, status, expected.owner, expected.sequence);
+  return fault == Fault::kNone;
 }
 
 template <typename T>
@@ -131,21 +159,29 @@ __device__ void sum_rows(const RequesterArguments& args, const RowsArgument& row
 __global__ void __launch_bounds__(kCopyThreads) wait_rows(const __grid_constant__ RequesterArguments args,
                                                           const __grid_constant__ RowsArgument rows, bool striped) {
   __shared__ const std::uint8_t* replies[kMaxWorld];
-  bool mine = true;
-  if (threadIdx.x < rows.owners) {
-    const u32 owner = rows.first_owner + threadIdx.x;
-    mine = wait_reply(args, rows, owner);
-    const u64 sequence = *const_cast<const volatile u64*>(&args.states[owner].consumed) + 1;
-    replies[threadIdx.x] = args.region + args.geometry.reply_rows(owner, slot_of(sequence, args.geometry.slots));
+  Expected expected = {};
+  const bool waits = threadIdx.x < rows.owners;
+  if (waits) {
+    expected = wait_reply(args, rows.first_owner + threadIdx.x);
+    replies[threadIdx.x] = args.region + args.geometry.reply_rows(
+                                             expected.owner, slot_of(expected.sequence, args.geometry.slots));
   }
-  if (!__syncthreads_and(mine)) return;
-  if (!striped)  // R6
-    copy_rows(static_cast<std::uint8_t*>(rows.rows), rows.pitch_bytes, replies[0], args.geometry.reply_row_bytes,
-              rows.count, args.hidden * 2);
-  else if (args.dtype == Dtype::kFloat16)
-    sum_rows<__half>(args, rows, replies);
-  else
-    sum_rows<__nv_bfloat16>(args, rows, replies);
+  if (!__syncthreads_and(expected.fault == Fault::kNone)) {
+    if (waits && expected.fault != Fault::kNone) report(args, expected.fault, 0, expected.owner, expected.sequence);
+    return;
+  }
+  auto all_fit = [&] { return __syncthreads_and(!waits || reply_fits(args, expected, rows.count)) != 0; };
+  if (!striped) {  // R6
+    if (!copy_rows(static_cast<std::uint8_t*>(rows.rows), rows.pitch_bytes, replies[0], args.geometry.reply_row_bytes,
+                   rows.count, args.hidden * 2, all_fit))
+      return;
+  } else {
+    if (!all_fit()) return;
+    if (args.dtype == Dtype::kFloat16)
+      sum_rows<__half>(args, rows, replies);
+    else
+      sum_rows<__nv_bfloat16>(args, rows, replies);
+  }
   __syncthreads();
   if (threadIdx.x != 0) return;
   RequesterState& head = args.states[rows.first_owner];
@@ -155,7 +191,7 @@ __global__ void __launch_bounds__(kCopyThreads) wait_rows(const __grid_constant_
   }
   for (u32 i = 0; i < rows.owners; ++i) {  // R7
     u64* consumed = &args.states[rows.first_owner + i].consumed;
-    store_release_sys(consumed, *const_cast<volatile u64*>(consumed) + 1);
+    store_release_gpu(consumed, *const_cast<volatile u64*>(consumed) + 1);
   }
 }
 

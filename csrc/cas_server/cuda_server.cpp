@@ -48,6 +48,11 @@ CudaServer::CudaServer(const CudaServerConfig& config, const Geometry& geometry,
   SIDP_REQUIRE(peer_regions.size() == geometry.world, ConfigError, peer_regions.size(), " peer regions for a world of ",
                geometry.world);
   SIDP_REQUIRE(config.dtype != Dtype::kFloat32, ConfigError, "the CUDA server computes in bfloat16 or float16");
+  SIDP_REQUIRE(config.layers <= kMaxLayers, ConfigError, config.layers, " layers are more than ", kMaxLayers);
+  SIDP_REQUIRE(config.hidden >= 1 && std::size_t(config.hidden) * 2 <= geometry.row_bytes &&
+                   std::size_t(config.hidden) * (config.reply_float32 ? 4 : 2) <= geometry.reply_row_bytes,
+               LayoutError, "rows of ", config.hidden, " elements do not fit the mailboxes' ", geometry.row_bytes, " and ",
+               geometry.reply_row_bytes, " bytes");
   DeviceGuard guard(config.device);
   path_ = path_for(config);
   int sms = 0;
@@ -73,6 +78,9 @@ CudaServer::CudaServer(const CudaServerConfig& config, const Geometry& geometry,
     arguments_.peer_region[r] = static_cast<std::uint8_t*>(peer_regions[r]);
   arguments_.units = unit_memory_.as<UnitRecord>();
   arguments_.layers = config.layers;
+  arguments_.hidden = config.hidden;
+  arguments_.dtype = static_cast<std::uint16_t>(config.dtype);
+  arguments_.reply_flags = config.reply_float32 ? kReplyFloat32 : 0;
   arguments_.rank = config.rank;
   arguments_.row_limit = kMaxBatchRows;
   arguments_.state = state_.as<ServerState>();
@@ -126,14 +134,9 @@ void CudaServer::make_maps(UnitRecord& unit) const {
 void CudaServer::register_unit(std::uint32_t layer, const UnitPointers& pointers, const UnitShape& shape) {
   SIDP_REQUIRE(!thread_.joinable(), ConfigError, "register_unit(", layer, ") after start()");
   SIDP_REQUIRE(layer < config_.layers, ConfigError, "layer ", layer, " of ", config_.layers);
-  SIDP_REQUIRE(shape.hidden >= 1 && shape.hidden <= config_.hidden && shape.intermediate >= 1 &&
-                   shape.intermediate <= config_.intermediate,
-               LayoutError, "unit ", layer, " of ", shape.hidden, " x ", shape.intermediate, " is larger than ",
-               config_.hidden, " x ", config_.intermediate);
-  SIDP_REQUIRE(std::size_t(shape.hidden) * 2 <= geometry_.row_bytes &&
-                   std::size_t(shape.hidden) * (shape.reply_float32 ? 4 : 2) <= geometry_.reply_row_bytes,
-               LayoutError, "rows of ", shape.hidden, " elements do not fit the mailboxes' ", geometry_.row_bytes, " and ",
-               geometry_.reply_row_bytes, " bytes");
+  SIDP_REQUIRE(shape.hidden == config_.hidden && shape.intermediate >= 1 && shape.intermediate <= config_.intermediate,
+               LayoutError, "unit ", layer, " of ", shape.hidden, " x ", shape.intermediate, " does not fit ", config_.hidden,
+               " x at most ", config_.intermediate);
   SIDP_REQUIRE(pointers.up != nullptr && pointers.down != nullptr, LayoutError, "unit ", layer, " lacks up or down");
   SIDP_REQUIRE(path_ == ServePath::kPlain || (shape.hidden % 8 == 0 && shape.intermediate % 8 == 0), LayoutError, "unit ",
                layer, " of ", shape.hidden, " x ", shape.intermediate, ": both must be multiples of 8");
@@ -147,8 +150,8 @@ void CudaServer::register_unit(std::uint32_t layer, const UnitPointers& pointers
   unit.hidden = shape.hidden;
   unit.intermediate = shape.intermediate;
   unit.activation = shape.activation;
-  unit.reply_flags = shape.reply_float32 ? kReplyFloat32 : 0;
-  unit.dtype = static_cast<std::uint16_t>(config_.dtype);
+  unit.reply_flags = arguments_.reply_flags;
+  arguments_.held[layer / 32] |= 1u << layer % 32;
   if (path_ == ServePath::kSm90) make_maps(unit);
 }
 

@@ -19,9 +19,10 @@ struct CudaServerConfig {
   int device = 0;
   unsigned sms = 32;           // CTAs of the serving kernel, one to an SM
   std::uint32_t layers = 0;    // of the model; units are registered for those this rank holds
-  std::uint32_t hidden = 0;    // largest of the units
+  std::uint32_t hidden = 0;    // of every unit
   std::uint32_t intermediate = 0;  // largest of the slices this rank holds
   Dtype dtype = Dtype::kBFloat16;
+  bool reply_float32 = false;  // `striped`: answer with partial sums
   std::uint64_t pool_id = 0;
   std::uint32_t rank = 0;
   double idle_ms = 1.0;    // the serving kernel ends when nothing came for so long
@@ -46,7 +47,6 @@ struct UnitShape {
   std::uint32_t hidden;
   std::uint32_t intermediate;  // of the slice
   Activation activation;
-  bool reply_float32;  // `striped`
 };
 
 class CudaServer {

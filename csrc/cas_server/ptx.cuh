@@ -39,6 +39,9 @@ __device__ inline u32 load_acquire_gpu(const u32* word) {
 __device__ inline void store_release_gpu(u32* word, u32 value) {
   asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(word), "r"(value) : "memory");
 }
+__device__ inline void store_release_gpu(u64* word, u64 value) {
+  asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(word), "l"(value) : "memory");
+}
 // Returns the value before the addition.
 __device__ inline u32 add_acq_rel_gpu(u32* word, u32 value) {
   u32 before;

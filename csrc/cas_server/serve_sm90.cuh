@@ -12,12 +12,12 @@ namespace cas {
 __device__ inline void init_shared(SharedState& shared, u32 first) {
   if (threadIdx.x == 0) {
     for (u32 i = 0; i < kMaxStages; ++i) {
-      barrier_init(&shared.full[i], 2);
+      barrier_init(&shared.full[i], kLoaders);
       barrier_init(&shared.empty[i], kMultipliers * 4);
     }
     for (u32 i = 0; i < 2; ++i) {
       barrier_init(&shared.batch_full[i], 1);
-      barrier_init(&shared.batch_empty[i], 2 + kMultipliers);
+      barrier_init(&shared.batch_empty[i], kLoaders + kMultipliers);
     }
     shared.issued = first - 1;
     barrier_init_fence();
@@ -39,9 +39,9 @@ __global__ void __launch_bounds__(kServeThreads, 1) serve_sm90(const __grid_cons
   if (threadIdx.x < 128) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 72;");
     const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    if (warp == 0 && lane == 0) load_weights(args, shared, ring, first);
-    if (warp == 1 && lane == 0) load_activations(args, shared, ring, first);
-    if (warp == 2) herald(args, shared, first);
+    if (warp < 2 && lane == 0) load_weights(args, shared, ring, first, warp);
+    if (warp == 2 && lane == 0) load_activations(args, shared, ring, first);
+    if (warp == 3) herald(args, shared, first);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 216;");
     multiply_batches<T>(args, shared, ring, first);

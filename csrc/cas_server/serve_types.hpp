@@ -42,12 +42,13 @@ struct alignas(128) UnitRecord {
   const void* gate_bias;  // null: none
   const void* up_bias;
   const void* down_bias;
-  std::uint32_t hidden;        // 0: this owner does not hold the layer
+  std::uint32_t hidden;
   std::uint32_t intermediate;  // of this owner's slice
   Activation activation;
-  std::uint16_t reply_flags;  // kReplyFloat32 in `striped`
-  std::uint16_t dtype;        // Dtype
+  std::uint32_t reply_flags;  // kReplyFloat32 in `striped`
 };
+
+constexpr std::uint32_t kMaxLayers = 512;
 
 struct BatchRequest {
   std::uint64_t sequence;
@@ -89,7 +90,7 @@ struct ServerState {
   std::uint32_t base;                         // the last batch of the launches before this one
   struct alignas(128) Progress {
     std::uint32_t gathered;  // warpgroups that have copied their part of the rows
-    alignas(128) std::uint32_t inner;     // 64-column pieces of the intermediate written
+    alignas(128) std::uint32_t inner;     // warpgroups that have written their part of the intermediate
     alignas(128) std::uint32_t finished;  // warpgroups that have written all their results
   } progress[2];                          // by parity of the batch number; back to 0 when the batch is complete
   alignas(128) Batch board[2];
@@ -125,7 +126,11 @@ struct ServerArguments {
   std::uint8_t* region;                 // this rank's mailbox region
   std::uint8_t* peer_region[kMaxWorld];  // the requesters' regions as mapped here; null: cannot be served
   const UnitRecord* units;
+  std::uint32_t held[kMaxLayers / 32];  // bit per layer that this owner holds
   std::uint32_t layers;
+  std::uint32_t hidden;                // of every unit; what a request must say (O2)
+  std::uint16_t dtype;
+  std::uint16_t reply_flags;
   std::uint32_t rank;
   std::uint32_t row_limit;  // rows of a batch, at most kMaxBatchRows
   ServerState* state;

@@ -34,8 +34,10 @@ __device__ inline void for_each_stage(const ServerArguments& args, SharedState& 
   }
 }
 
-// One thread.
-__device__ inline void load_weights(const ServerArguments& args, SharedState& shared, std::uint8_t* ring, u32 first) {
+// One thread for each of the two boxes of a stage: a thread can issue about one tensor copy in 90 ns, so one thread for
+// both would hold the stream up. Box 0 is the lower one (gate), box 1 the upper one (up).
+__device__ inline void load_weights(const ServerArguments& args, SharedState& shared, std::uint8_t* ring, u32 first,
+                                    u32 box) {
   RingPosition position;
   u32 width = 0;
   for (u32 id = first;; ++id) {
@@ -47,21 +49,17 @@ __device__ inline void load_weights(const ServerArguments& args, SharedState& sh
     if (new_width != width) change_width(args, shared, position);
     width = new_width;
     for (u32 phase = 0; phase < 2; ++phase) {
-      const CUtensorMap* lower = phase == 1 ? &unit.down : gated ? &unit.gate : &unit.up;
-      const CUtensorMap* upper = phase == 1 ? &unit.down : &unit.up;
-      prefetch_map(lower);
-      prefetch_map(upper);
+      const CUtensorMap* map = phase == 1 ? &unit.down : gated && box == 0 ? &unit.gate : &unit.up;
+      prefetch_map(map);
       const u32 tile_rows = phase == 0 && gated ? kBoxRows : kTileRows;
-      const u32 upper_row = tile_rows - kBoxRows;
+      const u32 first_row = box * (tile_rows - kBoxRows);
       for_each_stage(args, shared, position, stages_of(width), phase_of(unit, phase), [&](u32 stage, u32 tile, u32 depth) {
-        std::uint8_t* target = ring + stage * kWeightBytes;
-        const u32 column = depth * kBoxColumns, row = tile * tile_rows;
-        barrier_arrive_expect(&shared.full[stage], kWeightBytes);
-        copy_box(lower, &shared.full[stage], target, column, row, kEvictFirst);
-        copy_box(upper, &shared.full[stage], target + kBoxBytes, column, row + upper_row, kEvictFirst);
+        barrier_arrive_expect(&shared.full[stage], kBoxBytes);
+        copy_box(map, &shared.full[stage], ring + stage * kWeightBytes + box * kBoxBytes, depth * kBoxColumns,
+                 tile * tile_rows + first_row, kEvictFirst);
       });
     }
-    *static_cast<volatile u32*>(&shared.issued) = id;
+    if (box == 0) *static_cast<volatile u32*>(&shared.issued) = id;
     barrier_arrive(&shared.batch_empty[id % 2]);
   }
 }
@@ -90,8 +88,7 @@ __device__ inline void load_activations(const ServerArguments& args, SharedState
       }
       prefetch_map(map);
       if (phase == 1) {
-        const u32 pieces = phase_of(unit, 0).tiles * (unit.gate_weights != nullptr ? 2 : 4);
-        if (!spin_until([&] { return load_acquire_gpu(&progress.inner) == pieces; }, args.stall_ns))
+        if (!spin_until([&] { return load_acquire_gpu(&progress.inner) == kMultipliers * gridDim.x; }, args.stall_ns))
           fail(args, ServerFault::kInner, progress.inner);
       } else if (batch.requests > 1) {
         if (!spin_until([&] { return load_acquire_gpu(&progress.gathered) == kMultipliers * gridDim.x; }, args.stall_ns))

@@ -77,7 +77,6 @@ __device__ inline void store_partial(const ServerArguments& args, const Multipli
     const float* four = &sums[i / (N / 8)][i % (N / 8) * 4];
     __stcg(target + i * 256, make_float4(four[0], four[1], four[2], four[3]));
   }
-  __threadfence();
   me.sync_group();
   if (me.thread == 0) store_release_gpu(partial_flag_of(args, id % 2, phase, blockIdx.x, me.group), id);
 }
@@ -159,10 +158,6 @@ __device__ inline void write_inner(const ServerArguments& args, const Multiplier
       }, address);
     }
   }
-  fence_async_proxy();  // the bulk copy engine reads it next
-  __threadfence();
-  me.sync_group();
-  if (me.thread == 0) add_acq_rel_gpu(&args.state->progress[parity].inner, gated ? 1 : 2);
 }
 
 // O5: into the requesters' slots.
@@ -224,11 +219,16 @@ __device__ inline void serve_batch(const ServerArguments& args, SharedState& sha
       else
         write_results<T, N>(me, here, unit, tile, sums);
     }
+    if (phase == 0) {  // this warpgroup's part of the intermediate is written; the bulk copy engine reads it next
+      fence_async_proxy();
+      me.sync_group();
+      if (me.thread == 0) add_acq_rel_gpu(&args.state->progress[id % 2].inner, 1);
+    }
   }
-  __threadfence_system();
   me.sync_group();
   if (me.thread < 32) {
     u32 before = 0;
+    if (me.lane == 0) __threadfence_system();  // the whole warpgroup's results: fences are cumulative
     if (me.lane == 0) before = add_acq_rel_gpu(&args.state->progress[id % 2].finished, 1);
     if (__shfl_sync(kAllLanes, before, 0) == kMultipliers * gridDim.x - 1) complete_batch(args, here.batch);
   }
@@ -245,7 +245,6 @@ __device__ inline void gather_rows(const ServerArguments& args, const Multiplier
     __stcg(target + i, __ldcg(reinterpret_cast<const uint4*>(here.source[row]) + (i - row * row_units)));
   }
   fence_async_proxy();
-  __threadfence();
   me.sync_group();
   if (me.thread == 0) add_acq_rel_gpu(&args.state->progress[parity].gathered, 1);
 }

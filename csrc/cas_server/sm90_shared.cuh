@@ -15,6 +15,7 @@ constexpr u32 kWeightBytes = 2 * kBoxBytes;               // of a stage
 constexpr u32 kRingBytes = kMaxStages * (kWeightBytes + 32 * kBoxColumns * 2);
 constexpr u32 kMultipliers = 2;                           // warpgroups that multiply
 constexpr u32 kServeThreads = 128 * (1 + kMultipliers);
+constexpr u32 kLoaders = 3;                               // two for the boxes of weights, one for activations
 
 // Stages of weights and activations of `width` rows that fit into the ring.
 SIDP_HOST_DEVICE constexpr u32 stages_of(u32 width) { return width <= 32 ? 6 : width == 64 ? 5 : 4; }
@@ -22,10 +23,10 @@ static_assert(stages_of(64) * (kWeightBytes + 64 * 128) <= kRingBytes, "ring");
 static_assert(stages_of(128) * (kWeightBytes + 128 * 128) <= kRingBytes, "ring");
 
 struct SharedState {
-  u64 full[kMaxStages];   // 2 arrivals: the weight loader and the activation loader, and their bytes
+  u64 full[kMaxStages];   // one arrival per loader, and their bytes
   u64 empty[kMaxStages];  // one arrival per multiplying warp
   u64 batch_full[2];      // by parity of the batch number: the herald
-  u64 batch_empty[2];     // both loaders and every multiplying warpgroup
+  u64 batch_empty[2];     // every loader and every multiplying warpgroup
   u32 issued;             // the last batch whose weights this CTA has asked for
   SharedBatch batch[2];
 };
