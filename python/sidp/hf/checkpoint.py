@@ -37,9 +37,10 @@ def resolve_folder(path: str | os.PathLike[str], hub: dict[str, Any]) -> Path:
                 return Path(found)
         except Exception as error:  # the hub's own errors, of many classes; the last one is told
             problem = error
+    first_line = str(problem).partition("\n")[0]
     raise ConfigError(
-        f"{path} is neither a folder nor a model that huggingface_hub can find ({type(problem).__name__}: {problem}). "
-        "Pass the path of a folder with safetensors."
+        f"{path} is neither a folder nor a model that huggingface_hub can find "
+        f"({type(problem).__name__}: {first_line}). Pass the path of a folder with safetensors."
     )
 
 
