@@ -6,14 +6,22 @@
 #include "error.hpp"
 
 namespace sidp {
+namespace {
 
-FetchSchedule::FetchSchedule(const Placement& placement, int rank, int slots, bool peak_shifting)
+bool needs_no_fetch(const Placement& placement, int rank, const std::vector<bool>& local, int layer) {
+  return local.empty() ? placement.local(layer, rank) : local.at(layer);
+}
+
+}  // namespace
+
+FetchSchedule::FetchSchedule(const Placement& placement, int rank, int slots, bool peak_shifting,
+                             const std::vector<bool>& local)
     : rank_(rank), slots_(slots), remote_index_(placement.num_layers(), -1) {
   SIDP_REQUIRE(slots >= 1, ConfigError, "slots must be 1 or more, got ", slots);
   SIDP_REQUIRE(rank >= 0 && rank < placement.world_size(), ConfigError, "rank ", rank, " is not in 0 ... ",
                placement.world_size() - 1);
   for (int layer = 0; layer < placement.num_layers(); ++layer) {
-    if (placement.local(layer, rank)) continue;
+    if (needs_no_fetch(placement, rank, local, layer)) continue;
     remote_index_[layer] = num_remote();
     layers_.push_back(layer);
   }
@@ -41,12 +49,13 @@ void FetchSchedule::rotate_window(const Placement& placement, int begin, int end
   std::sort(order_.begin() + begin, order_.begin() + end, [&](int a, int b) { return distance(a) < distance(b); });
 }
 
-int default_slots(const Placement& placement, int rank, bool peak_shifting) {
+int default_slots(const Placement& placement, int rank, bool peak_shifting, const std::vector<bool>& local) {
   int remote = 0;
-  for (int layer = 0; layer < placement.num_layers(); ++layer) remote += placement.local(layer, rank) ? 0 : 1;
+  for (int layer = 0; layer < placement.num_layers(); ++layer)
+    remote += needs_no_fetch(placement, rank, local, layer) ? 0 : 1;
   const int most = std::max(1, remote / 2);
   const bool rotated = placement.kind() == PlacementKind::layer && peak_shifting;
-  const int wanted = rotated ? placement.world_size() * 3 / 2 : 3;
+  const int wanted = rotated ? std::max(3, placement.world_size() * 3 / 2) : 3;
   for (int slots = wanted; slots <= std::min(most, 2 * wanted); ++slots)
     if (remote % slots == 0 || remote % slots >= wanted) return slots;
   return std::min(wanted, most);

@@ -18,7 +18,9 @@ namespace sidp {
 
 class FetchSchedule {
  public:
-  FetchSchedule(const Placement& placement, int rank, int slots, bool peak_shifting);
+  // `local[layer]` says which layers need no fetch; where it is empty, the layers that `rank` holds whole.
+  FetchSchedule(const Placement& placement, int rank, int slots, bool peak_shifting,
+                const std::vector<bool>& local = {});
 
   int rank() const { return rank_; }
   int slots() const { return slots_; }
@@ -52,8 +54,8 @@ class FetchSchedule {
 // so a plain cycle stalls even when the link is fast enough, and a second whole cycle buys little
 // (tests/core/test_schedule.py simulates it). Where the slots do not divide the remote layers, the last ones of a forward
 // share slots with the first ones of the next, only N mod S uses apart; slots are added until that is far enough too.
-// Never more than half of the remote layers (or one).
-int default_slots(const Placement& placement, int rank, bool peak_shifting);
+// Never more than half of the remote layers (or one). `local` as in FetchSchedule.
+int default_slots(const Placement& placement, int rank, bool peak_shifting, const std::vector<bool>& local = {});
 
 // One entry of the fetch queue: bring remote `index` into `slot` for use number `ticket`, once the slot's previous use,
 // number `after`, has been released (kNever: the slot has had no use).
