@@ -90,11 +90,13 @@ def launch(
     *,
     on_message: Callable[[int, Any], None] | None = None,
     timeout_s: float | None = None,
+    survivors: bool = False,
 ) -> list[Any]:
     """Run `target(context, *args)` in `world_size` fresh processes joined in a gloo group; results by rank.
 
     `target` must be importable (it is pickled by name); arguments and results must pickle. A rank that
-    raises or dies ends the others and raises `RankFailed`. An interrupt of the parent ends every rank first.
+    raises or dies ends the others and raises `RankFailed`; with `survivors` the others go on to their own end, and
+    the `RankFailed` stands in its place among the results. An interrupt of the parent ends every rank first.
     """
     if world_size < 1:
         raise ConfigError(f"world_size is {world_size}, expected at least 1; ask for one rank or more")
@@ -106,8 +108,8 @@ def launch(
             with _environment(OMP_NUM_THREADS=str(threads)):
                 for rank in range(world_size):
                     ranks.append(_start(rank, world_size, threads, scratch, target, args))
-            _watch(ranks, on_message, None if timeout_s is None else time.monotonic() + timeout_s)
-        return [rank.result for rank in ranks]
+            _watch(ranks, on_message, None if timeout_s is None else time.monotonic() + timeout_s, survivors)
+        return [rank.result if rank.failure is None else _failed(rank) for rank in ranks]
     finally:
         _end(ranks)
         shutil.rmtree(scratch, ignore_errors=True)
@@ -127,7 +129,7 @@ def _start(rank: int, world_size: int, threads: int, scratch: str, target, args)
     return _Rank(rank, process, receiver)
 
 
-def _watch(ranks: list[_Rank], on_message, deadline: float | None) -> None:
+def _watch(ranks: list[_Rank], on_message, deadline: float | None, survivors: bool) -> None:
     while True:
         waiting = [rank for rank in ranks if rank.open]
         if not waiting:
@@ -140,7 +142,7 @@ def _watch(ranks: list[_Rank], on_message, deadline: float | None) -> None:
         for rank in waiting:
             if rank.connection in ready:
                 _receive(rank, on_message)
-        if any(rank.failure for rank in ranks):
+        if any(rank.failure for rank in ranks) and not survivors:
             raise _first_cause(ranks)
 
 
@@ -181,8 +183,11 @@ def _first_cause(ranks: list[_Rank]) -> RankFailed:
             if rank.connection in ready:
                 _receive(rank, None)
     failed = [rank for rank in ranks if rank.failure]
-    first = min(failed, key=lambda rank: rank.failure.rank_as_cause())
-    return RankFailed(first.rank, first.failure.reason, first.failure.detail)
+    return _failed(min(failed, key=lambda rank: rank.failure.rank_as_cause()))
+
+
+def _failed(rank: _Rank) -> RankFailed:
+    return RankFailed(rank.rank, rank.failure.reason, rank.failure.detail)
 
 
 def _end(ranks: list[_Rank]) -> None:

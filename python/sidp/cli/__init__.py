@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from ..errors import SidpError
 from ..launch import RankFailed
 
-# name -> what it does, in one line. The module of that name is imported when the command is parsed;
+# name -> what it does, in one line. The module of that name (- as _) is imported when the command is parsed;
 # it must not import torch before `run`.
 COMMANDS = {
     "demo": "answer prompts over a pool of FFN weights on this machine, and check every token",
+    "run-batch": "answer a file of requests (OpenAI batch lines or prompts) over a pool of FFN weights",
+    "plan": "say what pooling would bring for a model on a node: KV cache, batch, when fetches are hidden",
     "doctor": "say what this machine can do for a pool, what sidp chooses, and why",
 }
 
@@ -27,6 +29,7 @@ start here:
   sidp doctor                         what this machine offers
   sidp demo                           SmolLM2-135M over two ranks, checked against the unpooled model
   sidp demo --model random --dp 4     a tiny random model, nothing to download
+  sidp plan --model Llama-3.1-70B --gpu h200 --dp 8     what a pool would bring there
 
 `sidp COMMAND --help` tells more. Exit codes: 0 all is well, 1 a check or a rank failed, 2 bad usage."""
 
@@ -46,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"sidp {_version()}")
     subparsers = parser.add_subparsers(metavar="COMMAND", dest="command", parser_class=_Parser)
     for name, summary in COMMANDS.items():
-        module = importlib.import_module(f".{name}", __name__)
+        module = importlib.import_module(f".{name.replace('-', '_')}", __name__)
         command = subparsers.add_parser(
             name, help=summary, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
         )

@@ -1,0 +1,202 @@
+"""One rank of a run: load, take requests from the board, generate, settle each answer, serve the pool to the end."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .queue import Board
+from .records import BadRow, Request
+from .responses import Answer, error_line, success_line
+from .spool import Spool
+from .writer import Output, written_keys
+
+logger = logging.getLogger(__name__)
+
+_POLL_S = 0.1
+_IDLE_S = 0.2
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every rank is told; plain values, since it travels as JSON. `model` None: the tiny random one."""
+
+    model: str | None
+    model_name: str
+    board: str
+    spool: str
+    output: str
+    pooled: bool
+    pool_config: dict[str, Any]
+    backend: str
+    dtype: str
+    batching: str
+    max_batch: int | None
+    kv_bytes: int | None
+    group: int
+    samples: bool
+    filters: bool
+    mean_cost: int
+
+    def to_json(self) -> bytes:
+        return json.dumps(asdict(self)).encode()
+
+    @classmethod
+    def from_json(cls, text: bytes) -> Job:
+        return cls(**json.loads(text))
+
+
+def serve(context: Any, job: Job) -> None:
+    """Collective in a pooled run. Raises SidpError; what was settled until then is in the output."""
+    board = Board(job.board)
+    board.join(context.rank)
+    with contextlib.ExitStack() as stack:
+        stack.callback(board.close)
+        begin = time.monotonic()
+        from .loading import load
+
+        loaded = load(job, context.rank)
+        if loaded.pool is not None:
+            stack.enter_context(loaded.pool)  # closed last: it serves the others until all are done
+        with contextlib.closing(loaded.make_engine()) as engine:
+            board.report(
+                ready=1,
+                load_seconds=time.monotonic() - begin,
+                kv_capacity=engine.kv_capacity,
+                request_limit=engine.request_limit,
+            )
+            spool, output = Spool(job.spool), Output(job.output, board.lock)
+            stack.callback(spool.close)
+            stack.callback(output.close)
+            _Loop(job, board, spool, output, loaded, engine).run()
+        # Before the pool closes, which waits for the others: this rank has done its part.
+        board.report(finished=1, running=0, waiting=0, kv_tokens=0)
+
+
+class _Loop:
+    def __init__(self, job: Job, board: Board, spool: Spool, output: Output, loaded, engine) -> None:
+        self.job, self.board, self.spool, self.output = job, board, spool, output
+        self.codec, self.pool, self.engine = loaded.codec, loaded.pool, engine
+        self._begin = 0.0
+        self._prompt_tokens = 0
+
+    def run(self) -> None:
+        self._begin = time.monotonic()
+        self.board.report(first_taken=time.time())
+        while True:
+            took = self._feed()
+            if self.engine.in_flight:
+                for finished in self.engine.poll(_POLL_S):
+                    self._settle(finished)
+                self._report(busy=True)
+            elif not took and self._nothing_left():
+                break
+        self._report(busy=False)
+
+    def _feed(self) -> bool:
+        """Take what the engine has room for; True where the board gave something."""
+        items = self.board.take(self._wish())
+        tickets = [ticket for item in items if (ticket := self._ticket(item)) is not None]
+        if tickets:
+            self.engine.submit(tickets)
+        return bool(items)
+
+    def _wish(self) -> int:
+        room = self.engine.room()
+        if room <= 0 or self.engine.grouped:
+            return min(room, self.job.group)
+        # No more than a fair part of what is left in the whole run, so that the end is shared too.
+        counts = self.board.counts()
+        fair = math.ceil((counts["free"] + counts["taken"]) / self.board.world_size)
+        return min(room, fair - self.engine.in_flight)
+
+    def _ticket(self, item: int):
+        """The item as the engine takes it; None where it was answered with an error right away."""
+        from .engine import Ticket
+
+        request = self.spool.request(self.board.extent(item))
+        try:
+            prompt = self.codec.encode(request)
+            limit = self.codec.limit(request, len(prompt), self.engine.kv_capacity)
+        except BadRow as error:
+            self._refuse(item, request, error, 400)
+            return None
+        return Ticket(item, request, prompt, limit)
+
+    def _settle(self, finished) -> None:
+        ticket = finished.ticket
+        if finished.error is not None:
+            self._refuse(ticket.item, ticket.request, BadRow(finished.error, None, "server_error"), 500)
+            return
+        text, reason = self.codec.answer(ticket.request, finished.tokens)
+        answer = Answer(text, reason, len(ticket.prompt), len(finished.tokens))
+        line = success_line(ticket.request, answer, self.job.model_name)
+        if self.board.settle(ticket.item, lambda: self.output.append_locked(line)):
+            self._prompt_tokens += len(ticket.prompt)
+            self.board.add(succeeded=1, **{f"finished_{reason}": 1})
+            self.board.report(last_settled=time.time())
+
+    def _refuse(self, item: int, request: Request, error: BadRow, status: int) -> None:
+        line = error_line(request.key, request.custom_id, error, status)
+        if self.board.settle(item, lambda: self.output.append_locked(line)):
+            self.board.add(failed=1)
+
+    def _nothing_left(self) -> bool:
+        """True once this rank can end: in a pooled run when nothing is free, else when everything is answered.
+
+        Without a pool a rank outlives its peers, so it waits for their requests in case they die. With one, their
+        death is the end of this rank as well, which the pool reports.
+        """
+        counts = self.board.counts()
+        if counts["free"]:
+            return False
+        if self.pool is not None and self.pool.active:
+            return True
+        if not counts["taken"]:
+            return True
+        for item in self.board.reap(self._keys, lambda: written_keys(self.job.output)):
+            request = self.spool.request(self.board.extent(item))
+            text = "every rank that worked on this request died; is there enough memory for it?"
+            self._refuse(item, request, BadRow(text, None, "server_error"), 500)
+        time.sleep(_IDLE_S)
+        return False
+
+    def _keys(self, items: list[int]) -> list[str]:
+        return [self.spool.request(self.board.extent(item)).key for item in items]
+
+    def _report(self, busy: bool) -> None:
+        figures = self.engine.figures()
+        row = self.board.rank_figures(self.board.rank)
+        self.board.report(
+            **figures,
+            prompt_tokens=self._prompt_tokens,
+            peak_running=max(row["peak_running"], figures["running"]),
+            kv_peak=max(row["kv_peak"], figures["kv_tokens"]),
+        )
+        if busy:
+            self.board.report(busy_seconds=time.monotonic() - self._begin)
+        if self.pool is not None:
+            self.board.report(**pool_figures(self.pool))
+
+
+def pool_figures(pool) -> dict[str, float]:
+    """The pool's statistics under the board's names."""
+    stats = pool.stats()
+    return {
+        "calls_local": stats.calls.get("local", 0),
+        "calls_was": stats.calls.get("was", 0),
+        "calls_cas": stats.calls.get("cas", 0),
+        "stalls": stats.stalls,
+        "stall_seconds": stats.stall_seconds,
+        "fetched_bytes": stats.fetched_bytes,
+        "owned_bytes": stats.owned_bytes,
+        "ring_bytes": stats.ring_bytes,
+        "freed_bytes": stats.freed_bytes,
+        "replicated_bytes": stats.replicated_bytes,
+        "pool_active": float(stats.active),
+    }
