@@ -79,20 +79,25 @@ void Ring::resume() {
   if (paused_.load(std::memory_order_relaxed) && paused_.exchange(false)) emptied_.notify();
 }
 
-void Ring::check_usable() const {
+void Ring::check_open() const {
   guard_.require("the weight pool");
   if (stopped_.load(std::memory_order_relaxed))
     throw PoolClosedError("the pool is closed: its weights are gone; make a new pool");
+}
+
+void Ring::check_usable() const {
+  check_open();
   const int dead = dead_rank_ == nullptr ? -1 : dead_rank_->load(std::memory_order_acquire);
   if (dead >= 0)
     throw PeerError(dead, detail::concat("rank ", dead, " died: its weights are lost; close the pool and start the group again"));
 }
 
 void Ring::acquire(int layer, double timeout_s) {
-  check_usable();
+  check_open();
   const bool tracing = trace_.on();
   const int index = schedule_.remote_index(layer);
-  if (index >= 0) {
+  if (index >= 0) {  // a layer that is here needs nobody, whoever has died
+    check_usable();
     resume();
     std::uint64_t ticket = 0;
     if (!claim(index, ticket)) return;

@@ -81,6 +81,7 @@ class Ring {
     Trace::Clock::time_point since{};
   };
 
+  void check_open() const;
   void check_usable() const;
   bool claim(int index, std::uint64_t& ticket);
   void wait_ready(int layer, int slot, std::uint64_t ticket, double timeout_s);

@@ -189,12 +189,14 @@ class PooledModel:
         self._guarded.set(ffn.layer, "forward", use.after(ffn.layer.forward))
 
     def _around(self, layer: int, own: Callable[..., Any]) -> Callable[..., Any]:
-        acquire, release = self.pool.acquire, self.pool.release
+        acquire, release, run = self.pool.acquire, self.pool.release, self.pool.run
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             if self.closed:
                 self.refuse_closed()
             _refuse_autograd(args)
+            if len(args) == 1 and not kwargs:
+                return run(layer, args[0], lambda _: own(args[0]))  # WaS, or CaS where the mode says so
             acquire(layer)
             try:
                 return own(*args, **kwargs)

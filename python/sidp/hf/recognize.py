@@ -223,8 +223,8 @@ def _tensor_specs(projections: tuple[Projection, ...]) -> tuple[tuple[TensorSpec
             split = "rows" if inner_is_out != p.transposed else "cols"
             if leaf == "bias":
                 split = "rows" if inner_is_out else "none"
-            specs.append(TensorSpec(name, tuple(param.shape), param.dtype, split, groups))
             roles[name] = p.role if leaf == "weight" else f"{p.role}_bias"
+            specs.append(TensorSpec(name, tuple(param.shape), param.dtype, split, groups, roles[name]))
     return tuple(specs), roles
 
 
