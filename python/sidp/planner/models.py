@@ -129,12 +129,12 @@ class ModelShape:
             raise ConfigError(f"tp must be 1 or more, got {tp}")
         if self.heads % tp:
             raise ConfigError(
-                f"tp={tp} does not divide the {self.heads} attention heads of {self.name}: take a divisor of {self.heads}"
+                f"tp={tp} does not divide the {self.heads} attention heads of {self.name}: take a divisor of them"
             )
         if self.kv_heads % tp and tp % self.kv_heads:
             raise ConfigError(
-                f"tp={tp} and the {self.kv_heads} key/value heads of {self.name} do not divide each other: take a divisor "
-                f"or a multiple of {self.kv_heads}"
+                f"tp={tp} and the {self.kv_heads} key/value heads of {self.name} do not divide each other: take a "
+                f"divisor or a multiple of {self.kv_heads}"
             )
         odd = [layer for layer, ffn in enumerate(self.ffns) if ffn.inner % tp]
         if odd:
