@@ -13,6 +13,10 @@ namespace sidp {
 
 void bind_p2p(py::module_& module);
 void bind_ffn_cache(py::module_& module);
+#ifdef SIDP_WITH_CUDA
+void bind_cuda_p2p(py::module_& module);
+void bind_cuda_ring(py::module_& module);
+#endif
 void bind_cas_cpu(py::module_& module);
 
 namespace {
@@ -181,5 +185,12 @@ PYBIND11_MODULE(_C, m) {
   sidp::bind_policy(m);
   sidp::bind_p2p(m);
   sidp::bind_ffn_cache(m);
+#ifdef SIDP_WITH_CUDA
+  m.attr("with_cuda") = true;
+  sidp::bind_cuda_p2p(m);
+  sidp::bind_cuda_ring(m);
+#else
+  m.attr("with_cuda") = false;
+#endif
   sidp::bind_cas_cpu(m);
 }

@@ -1,0 +1,96 @@
+// A rank's arena in device memory, and its view from a peer, by cudaIpc.
+//
+// One allocation of whole 2 MiB pages, exported once, opened once by each peer on the peer's own device; sub-ranges are
+// offsets. Teardown: readers stop, importers close, all meet, owners free. Words that the host reads (phase, heartbeat)
+// do not lie here but in a small ShmArena beside it.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "cuda_check.hpp"
+#include "p2p/cuda_handle.hpp"
+#include "p2p/shm_arena.hpp"
+
+namespace sidp {
+
+class CudaArena {
+ public:
+  // Zeroed memory on `device`. ConfigError with needed and free bytes where there is not enough.
+  CudaArena(int rank, int world_size, JobToken token, std::uint64_t extent_bytes, int device);
+  ~CudaArena() { close(); }
+  CudaArena(const CudaArena&) = delete;
+  CudaArena& operator=(const CudaArena&) = delete;
+
+  std::uint8_t* extents() const { return memory_; }
+  std::uint64_t total_bytes() const { return handle_.total_bytes; }
+  int device() const { return device_; }
+  // Exports the memory (at the first call). Error with the driver's reason where it cannot be exported.
+  std::string handle();
+  void close();  // frees; idempotent
+  bool closed() const { return memory_ == nullptr; }
+
+ private:
+  CudaHandle handle_;
+  int device_;
+  std::uint8_t* memory_ = nullptr;
+  bool exported_ = false;
+};
+
+class CudaPeerMapping {
+ public:
+  // Opens a checked handle on `device` and reads the probe page, by a kernel and by a copy. Error with the reason where
+  // the memory cannot be opened or does not read as it should.
+  CudaPeerMapping(const std::string& handle, const ArenaExpectation& expected, int device);
+  ~CudaPeerMapping() { close(); }
+  CudaPeerMapping(const CudaPeerMapping&) = delete;
+  CudaPeerMapping& operator=(const CudaPeerMapping&) = delete;
+
+  int rank() const { return handle_.rank; }
+  const std::uint8_t* extents() const { return memory_; }
+  void close();  // idempotent
+  bool closed() const { return memory_ == nullptr; }
+
+ private:
+  void probe() const;
+
+  CudaHandle handle_;
+  int device_;
+  std::uint8_t* memory_ = nullptr;
+};
+
+// What a device can do for a pool.
+struct CudaDeviceFacts {
+  std::string name;
+  DeviceUuid uuid{};
+  int multiprocessors = 0;
+  int copy_engines = 0;
+  std::uint64_t total_bytes = 0;
+  std::uint64_t free_bytes = 0;
+  std::string pci;
+  std::vector<int> peers;  // devices that it reaches directly, by cudaDeviceCanAccessPeer
+};
+int cuda_device_count();  // 0 where there is no driver
+CudaDeviceFacts cuda_device_facts(int device);
+
+// Reads `words` words by a kernel on the current device.
+void read_by_kernel(const std::uint64_t* source, std::uint64_t* target, std::uint64_t words);
+
+// Host memory pinned for the GPUs while this lives.
+class PinnedRange {
+ public:
+  // `read_only`: the mapping cannot be written here. Error where the system refuses.
+  PinnedRange(std::uintptr_t address, std::uint64_t bytes, bool read_only, int device);
+  ~PinnedRange() { close(); }
+  PinnedRange(const PinnedRange&) = delete;
+  PinnedRange& operator=(const PinnedRange&) = delete;
+  std::uintptr_t device_address() const { return device_address_; }
+  void close();
+
+ private:
+  void* memory_ = nullptr;
+  std::uintptr_t device_address_ = 0;
+};
+
+}  // namespace sidp

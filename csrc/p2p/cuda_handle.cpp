@@ -1,0 +1,138 @@
+#include "p2p/cuda_handle.hpp"
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdio>
+#include <cstring>
+
+#include "error.hpp"
+
+namespace sidp {
+namespace {
+
+constexpr char kMagic[8] = {'S', 'I', 'D', 'P', 'C', 'U', 'D', 'A'};
+constexpr std::uint32_t kVersion = 1;
+constexpr std::size_t kBootIdBytes = 32;
+constexpr std::uint64_t kPage = 2ull << 20;
+
+struct Record {
+  char magic[8];
+  std::uint32_t version;
+  std::uint32_t uid;
+  std::int32_t rank;
+  std::int32_t world_size;
+  std::uint64_t token[2];
+  std::uint64_t total_bytes;
+  std::uint64_t extent_bytes;
+  std::uint64_t probe_offset;
+  std::uint64_t probe_seed;
+  std::int64_t pid;
+  std::uint64_t start_time;
+  std::uint64_t pid_namespace;
+  char boot_id[kBootIdBytes];
+  std::uint8_t device[16];
+  std::uint8_t ipc[kIpcHandleBytes];
+  char reserved[56];
+  std::uint64_t checksum;  // of everything before it
+};
+static_assert(sizeof(Record) == kCudaHandleBytes, "the record's layout is shared between processes");
+
+std::uint64_t checksum_of(const Record& record) {
+  std::uint64_t hash = 0xcbf29ce484222325ull;
+  const auto* bytes = reinterpret_cast<const unsigned char*>(&record);
+  for (std::size_t i = 0; i < offsetof(Record, checksum); ++i) hash = (hash ^ bytes[i]) * 0x100000001b3ull;
+  return hash;
+}
+
+}  // namespace
+
+std::string uuid_text(const DeviceUuid& uuid) {
+  std::string text = "GPU-";
+  char digits[3];
+  for (std::size_t i = 0; i < uuid.size(); ++i) {
+    if (i == 4 || i == 6 || i == 8 || i == 10) text += '-';
+    std::snprintf(digits, sizeof(digits), "%02x", uuid[i]);
+    text += digits;
+  }
+  return text;
+}
+
+// splitmix64
+std::uint64_t probe_word(std::uint64_t seed, std::uint64_t i) {
+  std::uint64_t z = seed + (i + 1) * 0x9e3779b97f4a7c15ull;
+  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
+  z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
+  return z ^ (z >> 31);
+}
+
+std::uint64_t cuda_probe_offset(std::uint64_t extent_bytes) { return (extent_bytes + kProbeBytes - 1) / kProbeBytes * kProbeBytes; }
+
+std::uint64_t cuda_total_bytes(std::uint64_t extent_bytes) {
+  return (cuda_probe_offset(extent_bytes) + kProbeBytes + kPage - 1) / kPage * kPage;
+}
+
+std::string encode_cuda_handle(const CudaHandle& handle) {
+  Record record{};
+  std::memcpy(record.magic, kMagic, sizeof(kMagic));
+  record.version = kVersion;
+  record.uid = handle.owner.uid;
+  record.rank = handle.rank;
+  record.world_size = handle.world_size;
+  record.token[0] = handle.token.high;
+  record.token[1] = handle.token.low;
+  record.total_bytes = handle.total_bytes;
+  record.extent_bytes = handle.extent_bytes;
+  record.probe_offset = handle.probe_offset;
+  record.probe_seed = handle.probe_seed;
+  record.pid = handle.owner.pid;
+  record.start_time = handle.owner.start_time;
+  record.pid_namespace = handle.owner.pid_namespace;
+  std::memcpy(record.boot_id, handle.owner.boot_id.data(), std::min(kBootIdBytes, handle.owner.boot_id.size()));
+  std::memcpy(record.device, handle.device.data(), handle.device.size());
+  std::memcpy(record.ipc, handle.ipc.data(), handle.ipc.size());
+  record.checksum = checksum_of(record);
+  return std::string(reinterpret_cast<const char*>(&record), sizeof(record));
+}
+
+CudaHandle decode_cuda_handle(const std::string& bytes, const ArenaExpectation& expected) {
+  SIDP_REQUIRE(bytes.size() == kCudaHandleBytes, LayoutError, "device arena handle has ", bytes.size(), " bytes, expected ",
+               kCudaHandleBytes, ": it was cut short or comes from another version of sidp");
+  Record record;
+  std::memcpy(&record, bytes.data(), sizeof(record));
+  const auto require = [&](bool holds, const char* field, auto got, auto wanted) {
+    SIDP_REQUIRE(holds, LayoutError, "device arena handle of rank ", expected.rank, ": ", field, " is ", got, ", expected ", wanted);
+  };
+  SIDP_REQUIRE(std::memcmp(record.magic, kMagic, sizeof(kMagic)) == 0, LayoutError,
+               "device arena handle of rank ", expected.rank, " does not begin with its magic");
+  require(record.version == kVersion, "version", record.version, kVersion);
+  require(record.checksum == checksum_of(record), "checksum", record.checksum, checksum_of(record));
+  require(record.rank == expected.rank, "rank", record.rank, expected.rank);
+  require(record.world_size == expected.world_size, "world size", record.world_size, expected.world_size);
+  const JobToken token{record.token[0], record.token[1]};
+  require(token == expected.token, "job token", "another job's", "this job's");
+  require(record.extent_bytes == expected.extent_bytes, "size of the extents", record.extent_bytes, expected.extent_bytes);
+  require(record.probe_offset == cuda_probe_offset(record.extent_bytes), "offset of the probe page", record.probe_offset,
+          cuda_probe_offset(record.extent_bytes));
+  require(record.total_bytes == cuda_total_bytes(record.extent_bytes), "size", record.total_bytes,
+          cuda_total_bytes(record.extent_bytes));
+  const ProcessIdentity& self = ProcessIdentity::current();
+  require(record.uid == self.uid, "user id", record.uid, self.uid);
+  const std::string boot_id(record.boot_id, ::strnlen(record.boot_id, kBootIdBytes));
+  require(boot_id == self.boot_id, "host", boot_id, self.boot_id);
+  require(record.pid > 0 && !(record.pid == self.pid && record.pid_namespace == self.pid_namespace), "process", record.pid,
+          "another one: a process cannot map its own device memory");
+  CudaHandle handle;
+  handle.rank = record.rank;
+  handle.world_size = record.world_size;
+  handle.token = token;
+  handle.total_bytes = record.total_bytes;
+  handle.extent_bytes = record.extent_bytes;
+  handle.probe_offset = record.probe_offset;
+  handle.probe_seed = record.probe_seed;
+  handle.owner = {record.pid, record.start_time, boot_id, record.pid_namespace, record.uid};
+  std::memcpy(handle.device.data(), record.device, handle.device.size());
+  std::memcpy(handle.ipc.data(), record.ipc, handle.ipc.size());
+  return handle;
+}
+
+}  // namespace sidp
