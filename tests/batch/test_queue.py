@@ -1,11 +1,12 @@
 """The board: every request to one rank at a time, none lost to a death, none answered twice."""
 
+import itertools
 import json
 import signal
 
 import pytest
-from launch import start
 
+from launch import start
 from sidp.batch.queue import Board
 from sidp.batch.writer import Output, written_keys
 from sidp.errors import ConfigError, LayoutError
@@ -87,7 +88,7 @@ def test_ranks_drain_a_board_together(tmp_path):
     path, output = make(tmp_path, 3, 200), tmp_path / "out"
     with start(drain, 3, path, output, rendezvous="none") as ranks:
         mine = [outcome.value for outcome in ranks.join()]
-    assert sorted(sum(mine, [])) == list(range(200))
+    assert sorted(itertools.chain(*mine)) == list(range(200))
     assert sorted(json.loads(text)["id"] for text in output.read_text().splitlines()) == sorted(map(key, range(200)))
 
 

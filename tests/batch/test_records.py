@@ -138,8 +138,7 @@ def test_jsonl_lines_keep_their_numbers(tmp_path):
 
 def test_parquet(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
-
+    parquet = pytest.importorskip("pyarrow.parquet")
     path = tmp_path / "in.parquet"
     columns = {
         "custom_id": ["a", None, "c"],
@@ -148,14 +147,14 @@ def test_parquet(tmp_path):
         "messages": [None, None, [{"role": "user", "content": "hi"}]],
         "meta": [None, {"k": 1}, None],
     }
-    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    parquet.write_table(pyarrow.table(columns), path)
     rows = [parse_row(raw, number, DEFAULTS) for number, raw in read_rows(path)]
     assert [row.error for row in rows] == [None] * 3
     assert [row.custom_id for row in rows] == ["a", "row-2", "c"]
     assert [row.request.max_tokens for row in rows] == [3, 32, 4]
     assert rows[2].request.messages == [{"role": "user", "content": "hi"}]
     body = json.dumps({"prompt": "z"})
-    pyarrow.parquet.write_table(pyarrow.table({"custom_id": ["a"], "body": [body]}), path)
+    parquet.write_table(pyarrow.table({"custom_id": ["a"], "body": [body]}), path)
     assert [parse_row(raw, n, DEFAULTS).request.prompt for n, raw in read_rows(path)] == ["z"]
     path.write_bytes(path.read_bytes()[:40])
     with pytest.raises(ConfigError, match="not a readable Parquet"):

@@ -74,7 +74,7 @@ def test_an_output_that_exists_is_not_touched_unasked(tmp_path):
 def test_a_file_that_is_no_output_of_this_input_is_refused(tmp_path, content):
     path = tmp_path / "out.jsonl"
     path.write_bytes(content)
-    with pytest.raises(ConfigError, match="line [12] of"):
+    with pytest.raises(ConfigError, match=r"line [12] of"):
         prepare(path, KEYS, resume=True)
     assert path.read_bytes() == content
 
