@@ -91,11 +91,13 @@ def logits(model: torch.nn.Module, seed: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def answers(model: torch.nn.Module, seed: int) -> list[torch.Tensor]:
-    """Everything that must not change by pooling: logits, greedy, static cache and sampled tokens."""
+def answers(model: torch.nn.Module, seed: int, everything: bool = True) -> list[torch.Tensor]:
+    """What must not change by pooling: logits and greedy tokens; with `everything` static cache and sampling too."""
     inputs = prompt(seed)
     greedy = {"max_new_tokens": 6, "do_sample": False}
     out = [model(**inputs).logits, model.generate(**inputs, **greedy)]
+    if not everything:
+        return out
     out.append(model.generate(**inputs, **greedy, cache_implementation="static"))
     torch.manual_seed(seed)
     out.append(model.generate(**inputs, max_new_tokens=4, do_sample=True))

@@ -178,7 +178,7 @@ class PooledModel:
 
     def _wrap(self, layer: int, ffn: FoundFFN) -> None:
         if ffn.own_module:
-            self._guarded.set(ffn.module, "forward", self._around(layer, ffn.module.forward))
+            self._guarded.set(ffn.module, "forward", self._around(layer, ffn))
             return
         # The FFN lies open in the decoder layer (OPT): take the slot at the first projection, hand it back after the
         # last one, and again behind the layer in case an error came between the two.
@@ -188,14 +188,17 @@ class PooledModel:
         self._guarded.set(last, "forward", use.after(last.forward))
         self._guarded.set(ffn.layer, "forward", use.after(ffn.layer.forward))
 
-    def _around(self, layer: int, own: Callable[..., Any]) -> Callable[..., Any]:
-        acquire, release, run = self.pool.acquire, self.pool.release, self.pool.run
+    def _around(self, layer: int, ffn: FoundFFN) -> Callable[..., Any]:
+        own, acquire, release, run = ffn.module.forward, self.pool.acquire, self.pool.release, self.pool.run
+        # CaS computes elsewhere what the children would have computed: where one has a hook, its forward must run here.
+        inside = [child for child in ffn.module.modules() if child is not ffn.module]
+        hooks = [table for child in inside for table in (child._forward_pre_hooks, child._forward_hooks)]
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             if self.closed:
                 self.refuse_closed()
             _refuse_autograd(args)
-            if len(args) == 1 and not kwargs:
+            if len(args) == 1 and not kwargs and not any(hooks):
                 return run(layer, args[0], lambda _: own(args[0]))  # WaS, or CaS where the mode says so
             acquire(layer)
             try:
