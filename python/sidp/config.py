@@ -166,6 +166,7 @@ class PoolConfig:
         cas_sms: SMs of the CaS server (CUDA); None takes the measured default.
         device: where the weights live; None takes the current CUDA device where the build and the machine have one, else
             the CPU.
+        force_fetch: fetch the layers of owners on this very GPU too, instead of reading them in place (tests, measurements).
         timeout_s: seconds after which a wait gives up with PeerError.
     """
 
@@ -178,6 +179,7 @@ class PoolConfig:
     cas_sms: int | None = _setting("cas_sms", None, _optional_int)
     device: str | torch.device | None = _setting("device", None, str)
     timeout_s: float = _setting("timeout_s", 60.0, float)
+    force_fetch: bool = _setting("force_fetch", False, _boolean)
 
     def __post_init__(self):
         if self.mode not in MODES:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from . import cas, policy
+from . import cas, ops, policy
 from ._native import C
 from .config import FFNSpec, PoolConfig, Unit
 from .control import ControlPlane
@@ -17,6 +17,7 @@ from .memory import host_bytes
 from .shares import Index, Shares, unit_layout, unit_views
 from .stats import PoolStats
 from .transport import LocalMemory, ShmTransport
+from .transport_cuda import HostTransport, device_bytes, open_gpu_transport
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ class WeightPool:
             self._control.fail(error)
             self._control.close()
             raise
+        self.handle = ops.register(self)
         self._shares = Shares(self.units, self.placement, self._plan_rank, self._transport.extents())
         self._calls = {"local": 0, "was": 0, "cas": 0}
 
@@ -87,8 +89,13 @@ class WeightPool:
     def _check_config(self) -> None:
         config, world, layers = self.config, self.world_size, self.num_layers
         self.device = _device(config.device)
-        if config.host_tier:
+        self._on_gpu = self.device.type == "cuda"
+        self._host_shares = config.host_tier  # the shares lie in host memory, the computing is done on a GPU
+        self._gpu = C.cuda_device_facts(self.device.index).uuid if self._on_gpu else ""
+        if config.host_tier and not self._on_gpu:
             raise ConfigError("host_tier=True needs the CUDA backend: leave it False on the CPU")
+        if config.mode == "cas" and self._on_gpu:
+            raise ConfigError("mode='cas' is not offered on GPUs by this version: use 'was' or 'auto'")
         if config.resident_layers > layers:
             raise ConfigError(
                 f"resident_layers={config.resident_layers} is more than the {layers} layers of the pool"
@@ -106,6 +113,7 @@ class WeightPool:
             "specs": [_describe(unit) for unit in self.units],
             "config": {name: str(value) for name, value in self.config.shared_fields().items()},
             "cas": self._wants_cas(),
+            "gpu": self._gpu,
         }
         replies = self._control.exchange("agree", json.dumps(mine).encode())
         first = json.loads(replies[0])
@@ -115,6 +123,7 @@ class WeightPool:
                 raise ConfigError(
                     f"rank 0 and rank {rank} disagree on {difference}: give all ranks the same specs and config"
                 )
+        self._gpus = [json.loads(reply)["gpu"] for reply in replies]
         # The mode is each rank's own affair, but whoever wants CaS needs everybody's server.
         self._cas_offered = any(json.loads(reply)["cas"] for reply in replies)
 
@@ -122,7 +131,7 @@ class WeightPool:
         if self.config.mode == "cas":
             cas.geometry(self.units, max(1, self.world_size), False)  # ConfigError where no layer can be served
             return True
-        return self.config.mode == "auto" and policy.auto_may_use_cas(self.units)
+        return self.config.mode == "auto" and not self._on_gpu and policy.auto_may_use_cas(self.units)
 
     def _plan(self) -> None:
         """Chooses placement and slots, and decides whether pooling pays at all."""
@@ -131,7 +140,7 @@ class WeightPool:
         self.reason = ""
         self._plan_rank, plan_world = self.rank, world
         self.slots = 0
-        if world == 1:
+        if world == 1 and not config.host_tier:
             self.reason = "the group has one rank"
         elif config.mode == "local":
             self.reason = "mode='local' was asked for"
@@ -145,30 +154,41 @@ class WeightPool:
         self.active = not self.reason
         resident = config.resident_layers if self.active else 0
         self.placement = C.Placement(config.placement, layouts, plan_world, resident)
+        self._local = self._local_layers(self.placement, self.rank) if self.active else [True] * self.num_layers
         self._geometry = None
         if self.active and self._cas_offered:
             self._geometry = cas.geometry(self.units, world, config.placement == "striped")
 
+    def _local_layers(self, placement, rank: int) -> list[bool]:
+        """By layer: whether ``rank`` reads it where it lies, without a fetch."""
+        layers = range(self.num_layers)
+        if self.config.host_tier:
+            return [placement.resident(layer) for layer in layers]
+        here = [placement.local(layer, rank) for layer in layers]
+        if self._on_gpu and self.config.placement == "layer" and not self.config.force_fetch:
+            for layer in layers:  # an owner on the same GPU is read in place
+                owner = placement.owner(layer)
+                here[layer] = here[layer] or (owner >= 0 and self._gpus[owner] == self._gpus[rank])
+        return here
+
     def _choose_slots(self, placement) -> None:
         config = self.config
-        remote = [
-            sum(not placement.local(layer, rank) for layer in range(self.num_layers))
+        local = [self._local_layers(placement, rank) for rank in range(self.world_size)]
+        remote = [self.num_layers - sum(here) for here in local]
+        wanted = [
+            (config.slots or C.default_slots(placement, rank, config.peak_shifting, local[rank])) if remote[rank] else 0
             for rank in range(self.world_size)
         ]
-        self.slots = config.slots or C.default_slots(placement, self.rank, config.peak_shifting)
-        if config.slots is not None and config.slots > max(remote):
+        self.slots = wanted[self.rank]
+        if config.slots is not None and max(remote) and config.slots > max(remote):
             raise ConfigError(
                 f"slots={config.slots} is out of range: a rank reaches {max(remote)} layers remotely, so 1 ... {max(remote)} "
                 f"slots make sense"
             )
-        saved = []
-        for rank in range(self.world_size):
-            slots = config.slots or C.default_slots(placement, rank, config.peak_shifting)
-            saved.append(
-                placement.replicated_bytes
-                - placement.arena_bytes(rank)
-                - slots * placement.largest_unit_bytes
-            )
+        saved = [
+            placement.replicated_bytes - self._kept_bytes(placement, rank) - slots * placement.largest_unit_bytes
+            for rank, slots in enumerate(wanted)
+        ]
         # An explicit number of slots is an explicit wish to pool; only the automatic choice may decline.
         if config.slots is None and sum(saved) <= 0:
             self.reason = (
@@ -177,12 +197,23 @@ class WeightPool:
             )
             self.slots = 0
 
+    def _kept_bytes(self, placement, rank: int) -> int:
+        """Of the memory that ``rank`` computes in, what its share takes; in the host tier only resident layers lie there."""
+        if self._host_shares and not self.reason:
+            layers = range(self.num_layers)
+            return sum(placement.unit(layer).bytes for layer in layers if placement.resident(layer))
+        return placement.arena_bytes(rank)
+
     def _open_transport(self):
         if not self.active:
-            return LocalMemory(self.placement.arena_bytes(self._plan_rank))
+            return LocalMemory(self.placement.arena_bytes(self._plan_rank), self.device)
+        sizes = [self.placement.arena_bytes(rank) for rank in range(self.world_size)]
+        if self._on_gpu:
+            kind = HostTransport if self.config.host_tier else open_gpu_transport
+            return kind(self._control, sizes, self.device)
         return ShmTransport(
             self._control,
-            [self.placement.arena_bytes(rank) for rank in range(self.world_size)],
+            sizes,
             0 if self._geometry is None else self._geometry.bytes,
         )
 
@@ -264,6 +295,8 @@ class WeightPool:
             self._policy = policy.start(self, self._cas, blas)
 
     def _make_ring(self):
+        if self._on_gpu:
+            return self._make_gpu_ring()
         return C.Ring(
             self.placement,
             self.rank,
@@ -272,16 +305,48 @@ class WeightPool:
             **self._transport.ring_arguments(),
         )
 
+    def _make_gpu_ring(self):
+        if self._transport.own_is_remote:  # also where host memory is the fallback: then nothing but residents is here
+            self._host_shares = True
+            self._local = [self.placement.resident(layer) for layer in range(self.num_layers)]
+        if all(self._local):
+            return None
+        slots = self.slots or C.default_slots(self.placement, self.rank, self.config.peak_shifting, self._local)
+        self.slots = slots
+        return C.CudaRing(
+            self.placement,
+            self.rank,
+            slots=slots,
+            peak_shifting=self.config.peak_shifting,
+            local=self._local,
+            timeout_s=self.config.timeout_s,
+            **self._transport.ring_arguments(),
+        )
+
     def _is_local(self, layer: int) -> bool:
-        return self.placement.local(layer, self._plan_rank)
+        return self._local[layer]
+
+    def _local_views(self, layer: int) -> dict[str, torch.Tensor]:
+        if self.active and self._on_gpu:
+            owner = self.placement.owner(layer)
+            if owner >= 0 and owner != self.rank:  # on this GPU
+                extent, memory = self.placement.share(layer, owner), self._transport.extents_of(owner)
+                return unit_views(self.units[layer], extent.pieces, memory, extent.offset)
+            views = self._shares.whole_unit(layer)
+            return {name: tensor.to(self.device) for name, tensor in views.items()}  # a copy in the host tier only
+        return self._shares.whole_unit(layer)
 
     def _views(self, layer: int) -> dict[str, torch.Tensor]:
         if self._is_local(layer):
-            return self._shares.whole_unit(layer)
+            return self._local_views(layer)
         schedule = self._ring.schedule
         slot = schedule.slot(schedule.remote_index(layer))
         layout = self.placement.unit(layer)
-        memory = host_bytes(self._ring.slot_address(slot), layout.bytes, self._ring)
+        address = self._ring.slot_address(slot)
+        if self._on_gpu:
+            memory = device_bytes(address, layout.bytes, self._ring, self.device)
+        else:
+            memory = host_bytes(address, layout.bytes, self._ring)
         return unit_views(self.units[layer], layout.tensors, memory, 0)
 
     # ---- use ----------------------------------------------------------------------------------------------------------
@@ -302,15 +367,24 @@ class WeightPool:
             self._check_committed()
         self._check_layer(layer)
         if self._ring is not None:
-            self._ring.acquire(layer, self.config.timeout_s)
+            self._ring.acquire(layer, self._stream() if self._on_gpu else self.config.timeout_s)
+        elif self._on_gpu:
+            self._control.watch.check("using the pool")
         self._calls[self._modes[layer]] += 1
         self._last, self._last_mode = layer, self._modes[layer]
         return self._tensors[layer]
 
     def release(self, layer: int) -> None:
         """Hands the layer's slot back, so that the next fetch into it may start."""
-        if self._ring is not None:
+        if self._ring is None:
+            return
+        if self._on_gpu:
+            self._ring.release(layer, self._stream())
+        else:
             self._ring.release(layer)
+
+    def _stream(self) -> int:
+        return torch._C._cuda_getCurrentRawStream(self.device.index)
 
     def run(self, layer: int, x: torch.Tensor, own: Callable[[dict[str, torch.Tensor]], torch.Tensor]) -> torch.Tensor:
         """The FFN of ``layer`` on x [..., H], in the mode that config or policy picks.
@@ -382,7 +456,7 @@ class WeightPool:
     def stats(self) -> PoolStats:
         """What the pool has done since commit()."""
         replicated = self.placement.replicated_bytes
-        owned = self.placement.arena_bytes(self._plan_rank)
+        owned = self._kept_bytes(self.placement, self._plan_rank)
         ring_bytes = 0 if self._ring is None else self._ring.bytes
         stats = PoolStats(
             rank=self.rank,
@@ -403,8 +477,11 @@ class WeightPool:
             ring = self._ring.stats()
             stats.fetches, stats.fetched_bytes = ring.fetches, ring.fetched_bytes
             stats.stalls, stats.stall_seconds, stats.restarts = ring.stalls, ring.stall_seconds, ring.restarts
-            stats.link_bytes_per_s = ring.fetched_bytes / ring.fetch_seconds if ring.fetch_seconds > 0 else 0.0
-            stats.pauses = ring.pauses
+            if self._on_gpu:
+                stats.repairs = ring.repairs
+            else:
+                stats.link_bytes_per_s = ring.fetched_bytes / ring.fetch_seconds if ring.fetch_seconds > 0 else 0.0
+                stats.pauses = ring.pauses
         if self._cas is not None:
             self._add_cas(stats)
         return stats
@@ -450,6 +527,8 @@ class WeightPool:
         self._closed = True
         try:
             if self._committed and self.active:
+                if self._on_gpu and self._ring is not None:
+                    self._ring.stop()  # nothing reads the peers' memory from here on
                 self._transport.serve_until_all_closed()
         finally:
             self._tear_down()
@@ -468,6 +547,7 @@ class WeightPool:
         if self._ring is not None:
             self._ring.stop()
         self._tensors = []
+        self._shares.memory = None
         self._ring = self._cas = self._policy = None
         self._transport.close()
         self._control.close()
@@ -504,6 +584,8 @@ def _describe(unit: Unit) -> list:
 
 def _difference(a: dict, b: dict) -> str:
     """In words, where two ranks' specs and config differ; empty where they do not."""
+    if bool(a["gpu"]) != bool(b["gpu"]):
+        return f"the device ({a['gpu'] or 'CPU'} and {b['gpu'] or 'CPU'})"
     if len(a["specs"]) != len(b["specs"]):
         return f"the number of layers ({len(a['specs'])} and {len(b['specs'])})"
     for layer, (x, y) in enumerate(zip(a["specs"], b["specs"], strict=True)):
@@ -516,9 +598,13 @@ def _difference(a: dict, b: dict) -> str:
 
 
 def _device(device) -> torch.device:
-    chosen = torch.device("cpu" if device is None else device)
+    """The device a pool computes on; None takes the current CUDA device where the build and the machine have one."""
+    with_cuda = getattr(C, "with_cuda", False) and torch.cuda.is_available()
+    chosen = torch.device(("cuda" if with_cuda else "cpu") if device is None else device)
+    if chosen.type == "cuda" and with_cuda:
+        return torch.device("cuda", torch.cuda.current_device() if chosen.index is None else chosen.index)
     if chosen.type != "cpu":
         raise ConfigError(
-            f"device={device!r}: this build has the CPU backend only; use device='cpu' or leave it out"
+            f"device={device!r}: this build or machine has the CPU backend only; use device='cpu' or leave it out"
         )
     return chosen

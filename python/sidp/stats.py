@@ -25,6 +25,7 @@ class PoolStats:
         requests_refused: malformed records and mailboxes this rank's server refused.
         requesters_retired: requesters that died. server_busy_seconds: time the server computed.
         mode_switches: times mode="auto" changed between WaS and CaS.
+        repairs: (CUDA) slots that a kernel had to fill itself, after graphs and eager calls had mixed.
         calls: FFN calls by mode ("local", "was", "cas").
         last_mode, last_mode_reason: the mode of the newest call, and why it was taken.
     """
@@ -45,6 +46,7 @@ class PoolStats:
     restarts: int = 0
     link_bytes_per_s: float = 0.0
     pauses: int = 0
+    repairs: int = 0
     requests_sent: int = 0
     rows_sent: int = 0
     cas_wait_seconds: float = 0.0

@@ -24,8 +24,8 @@ _POLL_S = 0.005
 class LocalMemory:
     """A share that nobody else reads: groups of one, and pools that keep everything local."""
 
-    def __init__(self, nbytes: int):
-        self._memory = torch.empty(nbytes, dtype=torch.uint8)
+    def __init__(self, nbytes: int, device: torch.device | str = "cpu"):
+        self._memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
 
     def extents(self) -> torch.Tensor:
         return self._memory

@@ -1,0 +1,251 @@
+"""Where shares live when the ranks compute on GPUs: in device memory shared by cudaIpc, or in pinned host memory."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+import torch
+
+from ._native import C
+from .control import ControlPlane
+from .errors import ConfigError, SidpError
+from .transport import ShmTransport
+
+logger = logging.getLogger(__name__)
+
+_PAGE = 4096
+
+
+class _DeviceBuffer:
+    """What torch reads an address from; the tensor keeps this object, and this object keeps the memory's owner."""
+
+    def __init__(self, address: int, nbytes: int, owner: Any):
+        self.owner = owner
+        self.__cuda_array_interface__ = {
+            "shape": (nbytes,),
+            "typestr": "|u1",
+            "data": (address, False),
+            "strides": None,
+            "version": 3,
+        }
+
+
+def device_bytes(address: int, nbytes: int, owner: Any, device: torch.device) -> torch.Tensor:
+    """A uint8 tensor over ``nbytes`` of device memory; ``owner`` lives at least as long as any view of it."""
+    if nbytes == 0:
+        return torch.empty(0, dtype=torch.uint8, device=device)
+    with torch.cuda.device(device):
+        return torch.as_tensor(_DeviceBuffer(address, nbytes, owner), device=device)
+
+
+class _GpuTransport(ShmTransport):
+    """What both kinds share: a ShmArena for the words the host reads, and the ring's arguments."""
+
+    own_is_remote = False  # whether even the rank's own share has to be fetched
+
+    def __init__(self, control: ControlPlane, host_bytes: list[int], device: torch.device):
+        super().__init__(control, host_bytes)
+        self._device = device
+        self._pins: list = []
+
+    def connect(self) -> None:
+        torch.cuda.synchronize(self._device)  # what was loaded has arrived before anyone is told
+        super().connect()
+
+    def source(self, rank: int) -> int:
+        """Address of that rank's extents as this device reads them."""
+        raise NotImplementedError
+
+    def ring_arguments(self) -> dict:
+        activity = self._arena.activity
+        page = activity // _PAGE * _PAGE
+        pin = C.PinnedRange(page, _PAGE, False, self._device.index)
+        self._pins.append(pin)
+        return {
+            "sources": [self.source(rank) for rank in range(self._control.world_size)],
+            "dead_rank": self._control.watch.dead_word,
+            "device": self._device.index,
+            "own_is_remote": self.own_is_remote,
+            "activity": activity,
+            "device_activity": pin.device_address + activity - page,
+            "keep": (self._keep(), self._pins, self._control.watch),
+            **_ring_settings(),
+        }
+
+    def _keep(self) -> list:
+        return self._owners()
+
+    def serve_until_all_closed(self) -> None:
+        # Readers stop and importers close before this rank says that it needs nobody any more.
+        torch.cuda.synchronize(self._device)
+        self._close_mappings()
+        super().serve_until_all_closed()
+
+    def _close_mappings(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self._close_mappings()
+        for pin in self._pins:
+            pin.close()
+        self._pins = []
+        super().close()
+
+
+class CudaTransport(_GpuTransport):
+    """One cudaMalloc arena a rank, exported once and opened once by every peer on the peer's own device.
+
+    Collective: allocates, opens and probes every peer's memory, before anything is loaded.
+
+    Raises:
+        PeerAccessRefused: some rank cannot read another's memory; raised on all ranks alike.
+    """
+
+    def __init__(self, control: ControlPlane, extent_bytes: list[int], device: torch.device):
+        super().__init__(control, [0] * control.world_size, device)
+        self._device_bytes = extent_bytes
+        self._peers: dict[int, Any] = {}
+        rank = control.rank
+        refusal, handle = "", b""
+        self._memory = None
+        try:
+            self._memory = C.CudaArena(rank, control.world_size, control.token, extent_bytes[rank], device.index)
+            if control.world_size > 1:
+                handle = self._memory.handle()
+        except ConfigError:
+            raise  # no memory: no other kind would help
+        except SidpError as error:
+            refusal = str(error)
+        handles = control.exchange("device arena", handle)
+        refusals = control.exchange("peer access", (refusal or self._open_all(handles)).encode())
+        for other, reason in enumerate(refusals):
+            if reason:
+                self.close()
+                raise PeerAccessRefused(f"rank {other}: {reason.decode(errors='replace')}")
+
+    def _open_all(self, handles: list[bytes]) -> str:
+        control = self._control
+        for rank, handle in enumerate(handles):
+            if rank == control.rank or not handle:
+                continue
+            try:
+                self._peers[rank] = C.CudaPeerMapping(
+                    handle, rank, control.world_size, control.token, self._device_bytes[rank], self._device.index
+                )
+            except SidpError as error:
+                return str(error)
+        return ""
+
+    def extents(self) -> torch.Tensor:
+        return self.extents_of(self._control.rank)
+
+    def extents_of(self, rank: int) -> torch.Tensor:
+        """That rank's extents, read in place; only for ranks on this device."""
+        own = rank == self._control.rank
+        owner = self._memory if own else self._peers[rank]
+        return device_bytes(owner.extents, self._device_bytes[rank], owner, self._device)
+
+    def source(self, rank: int) -> int:
+        return (self._memory if rank == self._control.rank else self._peers[rank]).extents
+
+    def _keep(self) -> list:
+        return [*self._owners(), self._memory, *self._peers.values()]
+
+    def _close_mappings(self) -> None:
+        for mapping in self._peers.values():
+            mapping.close()
+        self._peers = {}
+
+    def close(self) -> None:
+        super().close()
+        self._memory = None  # freed with the last view of it
+
+
+class HostTransport(_GpuTransport):
+    """Shares in shared host memory, pinned by every rank that reads them: the host tier, and what is left where GPUs
+    cannot reach each other."""
+
+    own_is_remote = True
+
+    def __init__(self, control: ControlPlane, extent_bytes: list[int], device: torch.device):
+        super().__init__(control, extent_bytes, device)
+        self._sources: list[int] = []
+
+    def connect(self) -> None:
+        super().connect()
+        own = self._control.rank
+        for rank, owner in enumerate(self._owners()):
+            if self._extent_bytes[rank] == 0:
+                self._sources.append(owner.extents)
+                continue
+            pin = C.PinnedRange(owner.extents, self._extent_bytes[rank], rank != own, self._device.index)
+            self._pins.append(pin)
+            self._sources.append(pin.device_address)
+
+    def source(self, rank: int) -> int:
+        return self._sources[rank]
+
+
+class PeerAccessRefused(Exception):
+    """GPUs of the group do not reach each other's memory; the message says which rank found out, and how."""
+
+
+def open_gpu_transport(control: ControlPlane, extent_bytes: list[int], device: torch.device) -> _GpuTransport:
+    """Collective: device memory where every rank can read every other's, pinned host memory otherwise.
+
+    SIDP_P2P=auto|ipc|host: "ipc" refuses to fall back, "host" asks for host memory.
+    """
+    wish = os.environ.get("SIDP_P2P", "auto")
+    if wish not in ("auto", "ipc", "host"):
+        raise ConfigError(f"environment variable SIDP_P2P={wish!r}: expected 'auto', 'ipc' or 'host'")
+    if wish == "host":
+        return HostTransport(control, extent_bytes, device)
+    try:
+        return CudaTransport(control, extent_bytes, device)
+    except PeerAccessRefused as refusal:
+        if wish == "ipc":
+            raise ConfigError(f"SIDP_P2P=ipc, but {refusal}") from None
+        logger.warning("sidp: weights stay in pinned host memory: %s", refusal)
+        return HostTransport(control, extent_bytes, device)
+
+
+def _ring_settings() -> dict:
+    poison = os.environ.get("SIDP_POISON")
+    text = os.environ.get("SIDP_SLICE_MB", "0")
+    try:
+        slice_mb = float(text)
+    except ValueError:
+        slice_mb = -1.0
+    if not 0 <= slice_mb < 1e6:
+        raise ConfigError(f"environment variable SIDP_SLICE_MB={text!r}: expected MB, 0 for whole copies")
+    return {
+        "poison": C.debug_build if poison is None else poison == "1",
+        "hand_over": os.environ.get("SIDP_HAND_OVER", "events"),
+        "slice_bytes": int(slice_mb * (1 << 20)),
+    }
+
+
+def device_report() -> list[dict]:
+    """What each GPU of this machine can do for a pool; empty where the build or the machine has none."""
+    if not getattr(C, "with_cuda", False):
+        return []
+    report = []
+    for index in range(C.cuda_device_count()):
+        facts = C.cuda_device_facts(index)
+        report.append(
+            {
+                "index": index,
+                "name": facts.name,
+                "uuid": facts.uuid,
+                "pci": facts.pci,
+                "multiprocessors": facts.multiprocessors,
+                "copy_engines": facts.copy_engines,
+                "total_bytes": facts.total_bytes,
+                "free_bytes": facts.free_bytes,
+                "reaches": list(facts.peers),
+                "mps": bool(os.environ.get("CUDA_MPS_PIPE_DIRECTORY")) or os.path.exists("/tmp/nvidia-mps/control"),
+            }
+        )
+    return report
