@@ -1,0 +1,268 @@
+"""WaS on GPUs: the same bits as unpooled, eager and in graphs, on one device. tests/gpu/run.sh runs it under MPS."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+import sidp
+from launch import parallel_launch, start
+from sidp import FFNSpec, PoolConfig, WeightPool, ffn_forward
+from sidp._native import C
+from sidp.ffn import apply_formula
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
+    pytest.mark.skipif(not getattr(C, "with_cuda", False), reason="the extension was built without CUDA"),
+]
+
+LAYERS, HIDDEN, INNER = 7, 256, 704
+
+
+def weights_of(spec: FFNSpec, layers: int = LAYERS, device="cuda") -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator(device).manual_seed(3)
+    made = []
+    for _ in range(layers):
+        unit = {}
+        for tensor in spec.unit().tensors:
+            values = torch.randn(tensor.shape, generator=generator, device=device, dtype=torch.float32)
+            unit[tensor.name] = (values * tensor.shape[-1] ** -0.5).to(tensor.dtype)
+        made.append(unit)
+    return made
+
+
+def pool_of(spec, weights, **config) -> WeightPool:
+    pool = WeightPool([spec] * len(weights), config=PoolConfig(mode="was", timeout_s=30, device="cuda", **config))
+    for layer, unit in enumerate(weights):
+        pool.load(layer, unit)
+    pool.commit()
+    return pool
+
+
+def forward(x, pool):
+    for layer in range(pool.num_layers):
+        x = x + ffn_forward(x, pool, layer)
+    return x
+
+
+def reference(x, weights, spec):
+    for unit in weights:
+        x = x + apply_formula(x, unit, spec)
+    return x
+
+
+def inputs(seed, rows=33, dtype=torch.bfloat16):
+    return torch.randn(rows, HIDDEN, generator=torch.Generator("cuda").manual_seed(seed), device="cuda").to(dtype)
+
+
+@pytest.fixture(params=["events", "words"])
+def hand_over(request, monkeypatch):
+    monkeypatch.setenv("SIDP_HAND_OVER", request.param)
+    monkeypatch.setenv("SIDP_POISON", "1")
+    return request.param
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3, 7])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_host_tier_is_bit_identical_in_order_and_out_of_order(hand_over, slots, dtype):
+    spec = FFNSpec(HIDDEN, INNER, bias=True, dtype=dtype)
+    weights = weights_of(spec)
+    with pool_of(spec, weights, host_tier=True, slots=slots) as pool:
+        for seed in range(20):
+            x = inputs(seed, dtype=dtype)
+            assert torch.equal(forward(x, pool), reference(x, weights, spec))
+        for layer in (5, 2, 2, 6, 0, 3, 1, 4, 4, 0):
+            x = inputs(layer, dtype=dtype)
+            assert torch.equal(ffn_forward(x, pool, layer), apply_formula(x, weights[layer], spec))
+        assert pool.stats().fetches > 0
+
+
+def capture(pool, x):
+    graph = torch.cuda.CUDAGraph()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        forward(x, pool)
+    torch.cuda.current_stream().wait_stream(side)
+    with torch.cuda.graph(graph):
+        y = forward(x, pool)
+    return graph, y
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3, 7])
+def test_a_thousand_replays_with_changed_inputs(hand_over, slots):
+    spec = FFNSpec(HIDDEN, INNER)
+    weights = weights_of(spec)
+    with pool_of(spec, weights, host_tier=True, slots=slots) as pool:
+        x = inputs(0)
+        graph, y = capture(pool, x)
+        wrong = torch.zeros((), dtype=torch.int64, device="cuda")
+        for seed in range(1000):
+            x.copy_(inputs(seed))
+            graph.replay()
+            wrong += (y != reference(x, weights, spec)).any()
+        assert wrong.item() == 0
+        assert pool.stats().repairs <= slots
+        del graph
+
+
+def test_eager_and_replay_mixed_two_graphs_alive_and_forwards_left_half_way(hand_over):
+    spec = FFNSpec(HIDDEN, INNER)
+    weights = weights_of(spec)
+    with pool_of(spec, weights, host_tier=True, slots=3) as pool:
+        x, x2 = inputs(0), inputs(1, rows=5)
+        graph, y = capture(pool, x)
+        graph2, y2 = capture(pool, x2)
+        single = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(single):
+            y3 = ffn_forward(x2, pool, 4)
+        for seed in range(60):
+            x.copy_(inputs(seed))
+            x2.copy_(inputs(seed + 1, rows=5))
+            kind = (seed * 7 + seed // 5) % 5
+            if kind == 0:
+                graph.replay()
+                assert torch.equal(y, reference(x, weights, spec)), seed
+            elif kind == 1:
+                graph2.replay()
+                assert torch.equal(y2, reference(x2, weights, spec)), seed
+            elif kind == 2:
+                assert torch.equal(forward(x, pool), reference(x, weights, spec)), seed
+            elif kind == 3:
+                single.replay()
+                assert torch.equal(y3, apply_formula(x2, weights[4], spec)), seed
+            else:
+                for layer in range(seed % LAYERS):
+                    assert torch.equal(ffn_forward(x, pool, layer), apply_formula(x, weights[layer], spec)), seed
+        del graph, graph2, single
+
+
+def test_torch_compile_sees_one_operator():
+    spec = FFNSpec(HIDDEN, INNER)
+    weights = weights_of(spec)
+    with pool_of(spec, weights, host_tier=True, slots=3) as pool:
+        compiled = torch.compile(
+            lambda x: ffn_forward(x, pool, 2) + ffn_forward(x, pool, 3), fullgraph=True, backend="aot_eager"
+        )
+        for seed in range(3):
+            x = inputs(seed)
+            expected = apply_formula(x, weights[2], spec) + apply_formula(x, weights[3], spec)
+            assert torch.equal(compiled(x), expected)
+
+
+def test_freed_memory_is_what_the_driver_shows():
+    spec = FFNSpec(4096, 8192)
+    weights = weights_of(spec, layers=12, device="cpu")
+    torch.cuda.synchronize()
+    torch.zeros(1, device="cuda")
+    before = torch.cuda.mem_get_info()[0]
+    pool = pool_of(spec, weights, host_tier=True, slots=2)
+    stats = pool.stats()
+    taken = before - torch.cuda.mem_get_info()[0]
+    assert abs(taken - (stats.owned_bytes + stats.ring_bytes)) <= 0.02 * stats.replicated_bytes
+    pool.close()
+    assert abs(before - torch.cuda.mem_get_info()[0]) <= 0.02 * stats.replicated_bytes
+
+
+def group_body(ctx, placement, force_fetch, graphs):
+    torch.cuda.set_device(0)
+    spec = FFNSpec(HIDDEN, INNER)
+    weights = weights_of(spec, layers=9)
+    with pool_of(spec, weights, placement=placement, force_fetch=force_fetch, slots=2) as pool:
+        assert pool.active
+        same = []
+        for seed in range(30):
+            x = inputs(100 * ctx.rank + seed)
+            same.append(torch.equal(forward(x, pool), reference(x, weights, spec)))
+        if graphs:
+            x = inputs(ctx.rank)
+            graph, y = capture(pool, x)
+            for seed in range(100):
+                x.copy_(inputs(seed))
+                graph.replay()
+                same.append(torch.equal(y, reference(x, weights, spec)))
+            torch.cuda.synchronize()
+            del graph, y
+        return all(same), pool.stats().fetches
+
+
+@pytest.mark.parametrize("placement", ["layer", "striped"])
+@pytest.mark.parametrize("world", [2, 4])
+def test_processes_on_one_gpu_through_cuda_ipc(hand_over, world, placement, monkeypatch):
+    monkeypatch.setenv("SIDP_P2P", "ipc")
+    for same, fetches in parallel_launch(group_body, world, placement, True, True, timeout=100):
+        assert same and fetches > 0
+
+
+def test_owners_on_the_same_gpu_are_read_in_place(monkeypatch):
+    monkeypatch.setenv("SIDP_P2P", "ipc")
+    assert parallel_launch(group_body, 2, "layer", False, True, timeout=90) == [(True, 0)] * 2
+
+
+def test_host_memory_where_gpus_cannot_reach_each_other(monkeypatch):
+    monkeypatch.setenv("SIDP_P2P", "host")
+    for same, fetches in parallel_launch(group_body, 2, "layer", True, False, timeout=90):
+        assert same and fetches > 0
+
+
+def killed_body(ctx):
+    torch.cuda.set_device(0)
+    spec = FFNSpec(HIDDEN, INNER)
+    weights = weights_of(spec)
+    pool = pool_of(spec, weights, force_fetch=True, slots=2)
+    forward(inputs(0), pool)
+    torch.cuda.synchronize()
+    ctx.say("ready")
+    ctx.hear("killed")
+    try:
+        for _ in range(3000):
+            forward(inputs(0), pool)
+            torch.cuda.synchronize()
+    finally:
+        pool.close()
+
+
+@pytest.mark.skipif(
+    "CUDA_MPS_PIPE_DIRECTORY" in os.environ, reason="MPS gives no promise to clients when one is killed"
+)
+def test_a_killed_rank_is_named():
+    with start(killed_body, 2, timeout=90) as ranks:
+        ranks.wait_for("ready")
+        ranks.kill(1)
+        ranks.tell("killed", ranks=[0])
+        first = ranks.join()[0]
+    assert first.error == "PeerError" and first.attributes.get("rank") == 1, first
+
+
+def model_body(ctx, families):
+    import models
+
+    torch.cuda.set_device(0)
+    torch.set_default_device("cuda")
+    wrong = []
+    for family in families:
+        model = models.build(family, torch.bfloat16).cuda()
+        ids = torch.randint(
+            3, models.VOCAB, (2, 7), generator=torch.Generator("cuda").manual_seed(ctx.rank), device="cuda"
+        )
+        with torch.no_grad():
+            expected = model(input_ids=ids).logits, model.generate(input_ids=ids, max_new_tokens=5, do_sample=False)
+            config = PoolConfig(mode="was", force_fetch=True, slots=2, timeout_s=30)
+            with sidp.pool_model(model, config=config):
+                got = model(input_ids=ids).logits, model.generate(input_ids=ids, max_new_tokens=5, do_sample=False)
+        if not all(torch.equal(a, b) for a, b in zip(got, expected, strict=True)):
+            wrong.append(family)
+    return wrong
+
+
+def test_families_of_hugging_face_are_bit_identical(monkeypatch):
+    from pathlib import Path
+
+    folder = str(Path(__file__).parents[1] / "hf")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([folder, os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.syspath_prepend(folder)
+    families = ["llama", "qwen3", "gemma2", "phi3", "gpt2", "opt", "falcon"]
+    assert parallel_launch(model_body, 2, families, timeout=120) == [[], []]
