@@ -166,15 +166,20 @@ def test_what_ends_the_engine_is_raised_and_answers_nobody(model, codec, monkeyp
     engine.close()
 
 
-def test_a_small_cache_preempts_and_the_tokens_stay(model, codec):
-    """Room for about one and a half requests: they take turns."""
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 5}], ids=["greedy", "sampled"])
+def test_a_small_cache_preempts_and_the_tokens_stay(model, codec, sampling):
+    """Room for about one and a half requests: they take turns, and begin anew where they were."""
     block = 2 * 2 * 16 * 4 * 32  # keys and values, layers, head, float32, tokens of a page
-    engine = PagedEngine(model, codec, options(kv_bytes=4 * block, grouped=False))
-    prompts = {i: "p" * (40 + i) for i in range(3)}
-    done = finish(engine, [ticket(i, prompt, limit=26) for i, prompt in prompts.items()])
-    engine.close()
-    assert engine.preemptions > 0
-    assert done == {i: greedy(model, prompt, 26) for i, prompt in prompts.items()}
+    tickets = [ticket(i, "p" * (40 + i), limit=26, **sampling) for i in range(3)]
+    done, preemptions = [], []
+    for blocks in (4, 64):
+        changes = {"kv_bytes": blocks * block, "grouped": False, "samples": bool(sampling)}
+        engine = PagedEngine(model, codec, options(**changes))
+        done.append(finish(engine, tickets))
+        preemptions.append(engine.preemptions)
+        engine.close()
+    assert preemptions[0] > 0 and preemptions[1] == 0
+    assert done[0] == done[1]
 
 
 # ---- pure parts -----------------------------------------------------------------------------------------------------

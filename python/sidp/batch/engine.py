@@ -13,13 +13,13 @@ import queue
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
 from ..errors import ConfigError, SidpError
+from .paged import install_sampling, request_state
 from .records import Request
-from .sampling import gumbel_noise, keep_likeliest, row_sampling
 from .text import Codec
 
 logger = logging.getLogger(__name__)
@@ -121,7 +121,8 @@ class PagedEngine:
         # Ends and limits are per request; do_sample=False since sampling is ours (sampling.py).
         generation = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=1)
         manager = model.init_continuous_batching(generation_config=generation, continuous_batching_config=config)
-        _install_sampling(manager, self._options)
+        if self._options.samples:
+            install_sampling(manager, self._options.filters)
         return manager
 
     # ---- requests -------------------------------------------------------------------------------------------------
@@ -144,7 +145,7 @@ class PagedEngine:
             for ticket in tickets:
                 key = str(ticket.item)
                 self._tickets[key] = ticket
-                self._manager.input_queue.put(_state(self, key, ticket, self._codec))
+                self._manager.input_queue.put(request_state(self, key, ticket, self._codec))
         self._manager._wake_up_loop.set()
 
     def poll(self, timeout_s: float) -> list[Finished]:
@@ -215,92 +216,3 @@ def _request_limit(model, options: EngineOptions) -> int:
         free = torch.cuda.mem_get_info(model.device)[0] * 0.8 if model.device.type == "cuda" else _CPU_KV_BYTES
     tokens = free / kv_bytes_per_token(model)
     return int(min(_MOST_REQUESTS, max(1, tokens / max(1, options.mean_cost))))
-
-
-def _state(engine: PagedEngine, key: str, ticket: Ticket, codec: Codec):
-    """The engine's own record of a request, which ends at stop strings too, in the very step that completes one."""
-    from transformers.generation.continuous_batching.requests import RequestState
-
-    finder = codec.finder(ticket.request)
-
-    class State(RequestState):
-        def update_and_check_completion(self, token_id, logprob):
-            done = super().update_and_check_completion(token_id, logprob)
-            engine.output_tokens += 1
-            if not done and finder is not None and finder.found(self._all_generated()):
-                self.status = type(self.status).FINISHED
-                return True
-            return done
-
-        def create_equivalent_initial_request(self):
-            again = super().create_equivalent_initial_request()
-            again.__class__ = State
-            engine.preemptions += 1
-            return again
-
-        def _all_generated(self):
-            before = self.initial_tokens[self._true_initial_tokens :] if self._true_initial_tokens else []
-            return before + self.generated_tokens
-
-    state = State(
-        request_id=key,
-        initial_tokens=list(ticket.prompt),
-        max_new_tokens=ticket.limit,
-        eos_token_id=[] if ticket.request.ignore_eos else sorted(codec.end_tokens),
-    )
-    state.sampling_request = ticket.request
-    return state
-
-
-def _install_sampling(manager, options: EngineOptions) -> None:
-    """Give the engine our per-request sampling; a job of greedy requests needs none and gets none."""
-    if not options.samples:
-        return
-    from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessor
-
-    class Column(ContinuousBatchingLogitsProcessor):
-        """One 32-bit value a row, taken from its RowSampling; the last column does the work with all of them."""
-
-        supported_kwargs: ClassVar[dict[str, type]] = {}
-        ignored_kwargs: ClassVar[tuple[str, ...]] = ()
-
-        def __init__(self, name, dtype, neutral, finish=None):
-            self.name, self.dtype, self.neutral, self.finish = name, dtype, neutral, finish
-            self.values = None
-
-        def fill_defaults(self, int32_tensor):
-            int32_tensor.copy_(torch.full_like(int32_tensor, self.neutral, dtype=self.dtype).view(torch.int32))
-
-        def prepare_tensor_args(self, requests_with_new_token):
-            rows = [_sampling_of(future.state) for future in requests_with_new_token]
-            return torch.tensor([getattr(row, self.name) for row in rows], dtype=self.dtype).view(torch.int32)
-
-        def __call__(self, scores, tensor_arg):
-            self.values = tensor_arg[: scores.shape[0]].view(self.dtype)
-            return scores if self.finish is None else self.finish(scores)
-
-    temperature = Column("temperature", torch.float32, 1.0)
-    top_p, top_k = Column("top_p", torch.float32, 1.0), Column("top_k", torch.int32, 0)
-
-    def draw(scores):
-        scores = scores / temperature.values.unsqueeze(1)
-        if options.filters:
-            scores = keep_likeliest(scores, top_p.values, top_k.values)
-        return scores + gumbel_noise(word.values, scores.shape[1])
-
-    word = Column("word", torch.int32, 0, draw)
-    columns = [temperature, *([top_p, top_k] if options.filters else []), word]
-    processors = manager.logit_processor
-    processors.logits_processor.extend(columns)
-    processors.tensors_required += len(columns)
-    processors.do_processing = True
-
-
-def _sampling_of(state):
-    request = getattr(state, "sampling_request", None)
-    if request is None:  # the engine's own warm-up requests
-        return row_sampling(_GREEDY_REQUEST, 0)
-    return row_sampling(request, state.position_offset)
-
-
-_GREEDY_REQUEST = Request("", "", "", "", None, None, 1, True, 0.0, 1.0, 0, 0, (), False)
