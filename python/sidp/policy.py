@@ -111,7 +111,7 @@ def build_model(units: Sequence[Unit], placement, rank: int, slots: int, profile
     remote = [layer for layer in range(len(units)) if not placement.local(layer, rank)]
     model = C.PolicyModel()
     model.layers, model.remote_layers = len(units), len(remote)
-    fetched = sum(op.bytes for layer in remote for op in placement.copies(layer, rank) if op.owner != rank)
+    fetched = sum(op.width * op.height for layer in remote for op in placement.copies(layer, rank) if op.owner != rank)
     model.fetch_bytes = float(fetched) if len(remote) > slots else 0.0  # what fits in the ring is fetched once
     model.link_bytes_per_s = profile.link_gbps * 1e9
     model.round_trip_s = profile.round_trip_s

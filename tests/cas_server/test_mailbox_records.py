@@ -67,7 +67,7 @@ class Memory:
             "dtype": FLOAT32,
             "flags": 0,
         }
-        fields.update(changes)
+        fields.update({"flags": 0, **changes})
         slot = (number - 1) % self.geometry.slots
         RECORD.pack_into(self.views[0], self.geometry.request(requester, slot), *fields.values())
 
