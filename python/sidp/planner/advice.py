@@ -16,8 +16,7 @@ _SMALL_COPY = 16 * 2**20  # bytes; shorter copies do not reach a link's rate
 class Option:
     """One way to run the node. `job` is the mean iteration at the full batch, None where no request fits.
 
-    `requests_per_s` of the node is an estimate from rooflines (or the profile), for a batch job that keeps every replica
-    full.
+    `requests_per_s` of the node is an estimate from rooflines or the profile, for a job that keeps every replica full.
     """
 
     memory: MemoryPlan
@@ -117,8 +116,8 @@ def _advise(plan: Plan) -> _Advice:
         text = f"Pooling costs speed here ({figures}). Pool only if the room itself is what you need."
     elif speedup < WORTHWHILE:
         text = (
-            f"Pooling brings room, hardly speed ({figures}, under {WORTHWHILE:.0%}): by the roofline the replicas' batch "
-            f"of {base.memory.batch:,} keeps the GPU busy already. An engine with costs per iteration may gain more."
+            f"Pooling brings room, hardly speed ({figures}, under {WORTHWHILE:.0%}): by the roofline the replicas' "
+            f"batch of {base.memory.batch:,} keeps the GPU busy already; an engine's overheads may differ."
         )
     else:
         return _Advice(True, [f"Pool: {figures} ({use}).", *_remarks(plan, option)])
@@ -138,8 +137,8 @@ def _remarks(plan: Plan, option: Option) -> list[str]:
         hidden = clock.hidden_rows()
         enough = f"{hidden:,} decoding requests would hide them" if hidden else "no batch hides them"
         lines.append(
-            f"Fetches ({job.fetch * 1e3:.0f} ms) outlast the mean iteration ({job.compute * 1e3:.0f} ms) at the full batch "
-            f"of {memory.batch:,}; {enough}. More TP (less to fetch) or shorter requests (more at once) help."
+            f"Fetches ({job.fetch * 1e3:.0f} ms) outlast the mean iteration ({job.compute * 1e3:.0f} ms) at the full "
+            f"batch of {memory.batch:,}; {enough}. More TP (less to fetch) or shorter requests help."
         )
     copies = memory.largest_copy_bytes
     if copies < _SMALL_COPY:

@@ -17,6 +17,8 @@ from .models import ModelShape
 
 # Sequences whose logits an engine samples at once, at most (vLLM's offline default on large GPUs).
 _SAMPLED = 1024
+# The ring's slots begin at multiples of this (csrc/ffn_cache/ring.cpp).
+_SLOT_ALIGNMENT = 4096
 
 
 @dataclass(frozen=True)
@@ -169,8 +171,8 @@ def pooled(deployment: Deployment, kind: str, slots: int | None = None) -> Memor
         return replace(base, kind=kind, reason="the group has one rank")
     if kind == "layer" and dp > layers:
         raise ConfigError(
-            f"dp={dp} is more than the {layers} layers of {deployment.model.name}: with placement='layer' every rank owns at "
-            f"least one; use a smaller dp or placement='striped'"
+            f"dp={dp} is more than the {layers} layers of {deployment.model.name}: with placement='layer' every rank "
+            f"owns at least one; use a smaller dp or placement='striped'"
         )
     placement = C.Placement(kind, deployment.layouts, dp)
     reached = max(sum(not placement.local(layer, rank) for layer in range(layers)) for rank in range(dp))
@@ -179,10 +181,11 @@ def pooled(deployment: Deployment, kind: str, slots: int | None = None) -> Memor
             f"slots={slots} is out of range: a rank reaches {reached} layers remotely, so 1 ... {reached}"
         )
     chosen = tuple(slots or C.default_slots(placement, rank) for rank in range(dp))
-    rings = tuple(count * placement.largest_unit_bytes for count in chosen)
+    stride = -(-placement.largest_unit_bytes // _SLOT_ALIGNMENT) * _SLOT_ALIGNMENT
+    rings = tuple(count * stride for count in chosen)
     shares = tuple(placement.arena_bytes(rank) for rank in range(dp))
-    if slots is None and sum(shares) + sum(rings) >= dp * placement.replicated_bytes:
-        reason = "pooling would free nothing: a share and the ring take as much as the weights"
+    if slots is None and sum(shares) + sum(chosen) * placement.largest_unit_bytes >= dp * placement.replicated_bytes:
+        reason = "pooling would free nothing: share and ring take as much as the weights"
         return replace(base, kind=kind, reason=reason)
     remote = [_remote_copies(placement, rank, layers) for rank in range(dp)]
     return replace(

@@ -20,7 +20,8 @@ class Timing:
     """Seconds of one iteration with `rows` requests on a replica, each with the average context in its KV cache.
 
     `compute`: with all weights here. `fetch`: bringing the remote FFN bytes once. `was`: the longer of both, fetches
-    being asynchronous. `cas`: attention here, every FFN at its owner in one batch with the other replicas' as many rows.
+    being asynchronous. `cas`: attention here, every FFN at its owner, in one batch with as many rows
+    of every other replica.
     """
 
     rows: int

@@ -298,6 +298,6 @@ def _notes(config: dict[str, Any], ffns: tuple[FFN, ...]) -> tuple[str, ...]:
     windowed = config.get("sliding_window") and config.get("use_sliding_window", True)
     if windowed:
         notes.append(
-            f"some layers look back {config['sliding_window']} tokens only; KV cache is counted as if all kept every one"
+            f"some layers look back {config['sliding_window']} tokens only; KV cache is counted as if all kept all"
         )
     return tuple(notes)

@@ -61,8 +61,8 @@ class GPU:
 
 def _sheet(name: str, gib: int, hbm_tb: float, tflops: float, link_gb: float, attained_gb: float) -> GPU:
     source = (
-        f"datasheet ({gib} GB, {hbm_tb:g} TB/s HBM, {tflops:g} dense bf16 TFLOP/s, NVLink {link_gb:g} GB/s one way), cut "
-        f"to what was attained: {_HBM_ATTAINED:.0%} of HBM and {_FLOPS_ATTAINED:.0%} of FLOP/s on an H100, "
+        f"datasheet ({gib} GB, {hbm_tb:g} TB/s HBM, {tflops:g} dense bf16 TFLOP/s, NVLink {link_gb:g} GB/s one way), "
+        f"cut to what was attained: {_HBM_ATTAINED:.0%} of HBM and {_FLOPS_ATTAINED:.0%} of FLOP/s on an H100, "
         f"{attained_gb:g} GB/s of NVLink"
     )
     return GPU(
