@@ -12,6 +12,15 @@ constexpr u32 kCopyThreads = 1024;
 constexpr u32 kCopyUnitsPerThread = 4;  // of 16 bytes, in flight
 constexpr u32 kMaxCopyCtas = 16;
 
+// Both kernels are launched so that the next one of the stream may be set up while they still run (programmatic dependent
+// launch); here each waits for its predecessor's end and its writes.
+__device__ void follow_predecessor() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // R1 and R5 end by the deadline or by the abort word too. The host's words are far away: looked at every 256 tries.
 template <typename Condition>
 __device__ Fault wait_bounded(const RequesterArguments& args, Condition condition) {
@@ -77,6 +86,7 @@ __device__ bool copy_rows(std::uint8_t* target, u64 target_pitch, const std::uin
 // blockIdx.y: one owner each.
 __global__ void __launch_bounds__(kCopyThreads) push_rows(const __grid_constant__ RequesterArguments args,
                                                           const __grid_constant__ RowsArgument rows, u16 flags) {
+  follow_predecessor();
   const u32 owner = rows.first_owner + blockIdx.y;
   RequesterState& state = args.states[owner];
   std::uint8_t* region = args.owner_region[owner];
@@ -159,6 +169,7 @@ __device__ void sum_rows(const RequesterArguments& args, const RowsArgument& row
 __global__ void __launch_bounds__(kCopyThreads) wait_rows(const __grid_constant__ RequesterArguments args,
                                                           const __grid_constant__ RowsArgument rows, bool striped) {
   __shared__ const std::uint8_t* replies[kMaxWorld];
+  follow_predecessor();
   Expected expected = {};
   const bool waits = threadIdx.x < rows.owners;
   if (waits) {
@@ -209,16 +220,32 @@ cudaError_t preload_requester_kernels() {
   return error != cudaSuccess ? error : cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(&wait_rows));
 }
 
+namespace {
+
+template <typename... Parameters, typename... Values>
+cudaError_t launch_following(void (*kernel)(Parameters...), dim3 grid, cudaStream_t stream, Values... values) {
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(kCopyThreads);
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, values...);
+}
+
+}  // namespace
+
 cudaError_t launch_push(const RequesterArguments& arguments, const RowsArgument& rows, bool striped, cudaStream_t stream) {
   const dim3 grid(copy_ctas(u64(rows.count) * arguments.hidden * 2), rows.owners);
-  push_rows<<<grid, kCopyThreads, 0, stream>>>(arguments, rows, striped ? kReplyFloat32 : 0);
-  return cudaGetLastError();
+  return launch_following(push_rows, grid, stream, arguments, rows, u16(striped ? kReplyFloat32 : 0));
 }
 
 cudaError_t launch_wait(const RequesterArguments& arguments, const RowsArgument& rows, bool striped, cudaStream_t stream) {
   const u32 ctas = copy_ctas(u64(rows.count) * arguments.hidden * (striped ? 4 * rows.owners : 2));
-  wait_rows<<<ctas, kCopyThreads, 0, stream>>>(arguments, rows, striped);
-  return cudaGetLastError();
+  return launch_following(wait_rows, dim3(ctas), stream, arguments, rows, striped);
 }
 
 }  // namespace cas

@@ -114,9 +114,17 @@ CudaServer::~CudaServer() {
 void CudaServer::make_maps(UnitRecord& unit) const {
   const Dtype dtype = config_.dtype;
   const std::uint64_t hidden = unit.hidden, inner = unit.intermediate;
-  if (unit.gate_weights != nullptr) unit.gate = matrix_map(dtype, unit.gate_weights, hidden, inner, hidden * 2, kBoxRows);
-  unit.up = matrix_map(dtype, unit.up_weights, hidden, inner, hidden * 2, kBoxRows);
-  unit.down = matrix_map(dtype, unit.down_weights, inner, hidden, inner * 2, kBoxRows);
+  const auto* gate = static_cast<const std::uint8_t*>(unit.gate_weights);
+  const auto* up = static_cast<const std::uint8_t*>(unit.up_weights);
+  const std::uint64_t whole = hidden * inner * 2;
+  if (gate == nullptr) {
+    unit.weights[0] = weight_map(dtype, up, hidden, inner, 1, whole);
+  } else {
+    unit.gate_box = gate < up ? 0 : 1;
+    const std::uint64_t distance = gate < up ? up - gate : gate - up;
+    unit.weights[0] = weight_map(dtype, std::min(gate, up), hidden, inner, 2, distance);
+  }
+  unit.weights[1] = weight_map(dtype, unit.down_weights, inner, hidden, 1, whole);
   const std::uint64_t mailbox_rows = std::uint64_t(geometry_.world) * geometry_.slots * geometry_.max_rows;
   for (std::uint32_t i = 0; i < kWidths; ++i) {
     const std::uint32_t width = width_of(i);

@@ -117,6 +117,15 @@ __device__ inline void copy_box(const CUtensorMap* map, u64* barrier, void* targ
       "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(row), "l"(policy)
       : "memory");
 }
+// The same for a 3-D map (column, row, matrix).
+__device__ inline void copy_box(const CUtensorMap* map, u64* barrier, void* target, u32 column, u32 row, u32 matrix,
+                                u64 policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(shared_address(target)),
+      "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(row), "r"(matrix), "l"(policy)
+      : "memory");
+}
 #endif
 
 }  // namespace cas

@@ -9,17 +9,17 @@ namespace cas {
 
 #if defined(SIDP_SM90A)
 
-__device__ inline void init_shared(SharedState& shared, u32 first) {
+__device__ inline void init_shared(SharedState& shared) {
   if (threadIdx.x == 0) {
     for (u32 i = 0; i < kMaxStages; ++i) {
       barrier_init(&shared.full[i], kLoaders);
       barrier_init(&shared.empty[i], kMultipliers * 4);
     }
     for (u32 i = 0; i < 2; ++i) {
-      barrier_init(&shared.batch_full[i], 1);
+      barrier_init(&shared.batch_full[i], 32);
       barrier_init(&shared.batch_empty[i], kLoaders + kMultipliers);
     }
-    shared.issued = first - 1;
+    barrier_init(&shared.issued, 1);
     barrier_init_fence();
   }
   __syncthreads();
@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kServeThreads, 1) serve_sm90(const __grid_cons
   SharedState& shared = *reinterpret_cast<SharedState*>(ring + kRingBytes);
   // Stable until the last CTA of this launch leaves, and this one has not left yet.
   const u32 first = load_acquire_gpu(&args.state->base) + 1;
-  init_shared(shared, first);
+  init_shared(shared);
   if (threadIdx.x < 128) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 72;");
     const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;

@@ -20,18 +20,17 @@ SIDP_HOST_DEVICE constexpr std::uint32_t width_index(std::uint32_t rows) {
 }
 SIDP_HOST_DEVICE constexpr std::uint32_t width_of(std::uint32_t index) { return 8u << index; }
 
-// A stage of the weight stream: two boxes of 128 weight rows x 64 columns.
+// A stage of the weight stream: two boxes of 128 weight rows x 64 columns. In the first phase of a gated FFN these are the
+// same rows of gate and of up, otherwise 256 rows of one matrix.
 constexpr std::uint32_t kBoxRows = 128;
 constexpr std::uint32_t kBoxColumns = 64;
 constexpr std::uint32_t kTileRows = 2 * kBoxRows;
 
 // One layer's weights as this owner holds them (whole, or its slice of the intermediate dimension).
 struct alignas(128) UnitRecord {
-  // sm_90a: maps of the weights (box 128 x 64), and of the activations with a box of each width: the mailbox rows, the
-  // gathered rows and the intermediate, the latter two for both parities of the batch number.
-  CUtensorMap gate;
-  CUtensorMap up;
-  CUtensorMap down;
+  // sm_90a: maps of the weights of both phases, and of the activations with a box of each width: the
+  // mailbox rows, the gathered rows and the intermediate, the latter two for both parities of the batch number.
+  CUtensorMap weights[2];
   CUtensorMap mailbox[kWidths];
   CUtensorMap gathered[2][kWidths];
   CUtensorMap inner[2][kWidths];
@@ -46,6 +45,7 @@ struct alignas(128) UnitRecord {
   std::uint32_t intermediate;  // of this owner's slice
   Activation activation;
   std::uint32_t reply_flags;  // kReplyFloat32 in `striped`
+  std::uint32_t gate_box;     // which box of a stage is gate: the matrix at the lower address comes first
 };
 
 constexpr std::uint32_t kMaxLayers = 512;

@@ -34,8 +34,7 @@ __device__ inline void for_each_stage(const ServerArguments& args, SharedState& 
   }
 }
 
-// One thread for each of the two boxes of a stage: a thread can issue about one tensor copy in 90 ns, so one thread for
-// both would hold the stream up. Box 0 is the lower one (gate), box 1 the upper one (up).
+// One thread for each of the two boxes of a stage; two threads measured 2 % faster than one, and than one copy of 256 rows.
 __device__ inline void load_weights(const ServerArguments& args, SharedState& shared, std::uint8_t* ring, u32 first,
                                     u32 box) {
   RingPosition position;
@@ -44,22 +43,22 @@ __device__ inline void load_weights(const ServerArguments& args, SharedState& sh
     const Batch& batch = wait_batch(args, shared, id, first).batch;
     if (batch.kind == BatchKind::kExit) break;
     const UnitRecord& unit = args.units[batch.layer];
-    const bool gated = unit.gate_weights != nullptr;
     const u32 new_width = width_of(width_index(batch.rows));
     if (new_width != width) change_width(args, shared, position);
     width = new_width;
     for (u32 phase = 0; phase < 2; ++phase) {
-      const CUtensorMap* map = phase == 1 ? &unit.down : gated && box == 0 ? &unit.gate : &unit.up;
+      const CUtensorMap* map = &unit.weights[phase];
       prefetch_map(map);
-      const u32 tile_rows = phase == 0 && gated ? kBoxRows : kTileRows;
-      const u32 first_row = box * (tile_rows - kBoxRows);
+      const bool pair = phase == 0 && unit.gate_weights != nullptr;  // the boxes are of two matrices
+      const u32 tile_rows = pair ? kBoxRows : kTileRows;
+      const u32 first_row = pair ? 0 : box * kBoxRows, matrix = pair ? box : 0;
       for_each_stage(args, shared, position, stages_of(width), phase_of(unit, phase), [&](u32 stage, u32 tile, u32 depth) {
         barrier_arrive_expect(&shared.full[stage], kBoxBytes);
         copy_box(map, &shared.full[stage], ring + stage * kWeightBytes + box * kBoxBytes, depth * kBoxColumns,
-                 tile * tile_rows + first_row, kEvictFirst);
+                 tile * tile_rows + first_row, matrix, kEvictFirst);
       });
     }
-    if (box == 0) *static_cast<volatile u32*>(&shared.issued) = id;
+    if (box == 0) barrier_arrive(&shared.issued);
     barrier_arrive(&shared.batch_empty[id % 2]);
   }
 }
@@ -113,13 +112,12 @@ __device__ inline void herald(const ServerArguments& args, SharedState& shared, 
     const u32 parity = id % 2;
     wait_barrier(args, &shared.batch_empty[parity], (((id - first) / 2) & 1) ^ 1, ServerFault::kBoard, args.stall_ns);
     if (blockIdx.x == 0) {
-      const volatile u32* issued = &shared.issued;
-      publish_batch(args, control, id, [&] { return id == first || *issued == id - 1; });
+      publish_batch(args, control, id,
+                    [&] { return id == first || barrier_try_wait(&shared.issued, (id - 1 - first) & 1); });
     }
     receive_batch(args, id, shared.batch[parity]);
     const bool exits = shared.batch[parity].batch.kind == BatchKind::kExit;
-    __syncwarp();
-    if (lane == 0) barrier_arrive(&shared.batch_full[parity]);
+    barrier_arrive(&shared.batch_full[parity]);
     if (exits) {
       if (lane == 0) leave(args, id);
       break;

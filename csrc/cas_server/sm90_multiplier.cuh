@@ -28,10 +28,13 @@ struct Multiplier {
   __device__ u32 row(u32 r) const { return group * 64 + thread / 32 * 16 + lane / 4 + 8 * r; }
 };
 
-// Adds `stages` stages of the ring to the accumulators.
+// Adds `stages` stages of the ring to the accumulators. Few rows: a stage is handed back while the next is multiplied, so
+// that the multiplications follow each other closely. Many rows: it is handed back at once, since there the ring has fewer
+// stages and the other warpgroup fills the gap. Both measured the other way round: slower.
 template <typename T, int N>
 __device__ inline void multiply(const ServerArguments& args, SharedState& shared, Multiplier& me, u32 stages,
                                 Accumulators<N>& sums) {
+  constexpr bool kOverlap = N <= 32;
   u32 previous = 0;
   for (u32 i = 0; i < stages; ++i) {
     const u32 stage = me.position.stage;
@@ -46,15 +49,13 @@ __device__ inline void multiply(const ServerArguments& args, SharedState& shared
       Wgmma<T, N>::add(sums[1], upper + 2 * k, rows + 2 * k);
     }
     wgmma_commit();
-    if (i > 0) {  // the stage before has been read: hand it back while this one is being multiplied
-      wgmma_wait<1>();
-      if (me.lane == 0) barrier_arrive(&shared.empty[previous]);
-    }
+    wgmma_wait<kOverlap ? 1 : 0>();
+    if (me.lane == 0 && (!kOverlap || i > 0)) barrier_arrive(&shared.empty[kOverlap ? previous : stage]);
     previous = stage;
     me.position.advance(stages_of(N));
   }
   wgmma_wait<0>();
-  if (me.lane == 0) barrier_arrive(&shared.empty[previous]);
+  if (kOverlap && me.lane == 0) barrier_arrive(&shared.empty[previous]);
 }
 
 // --- tiles that are split over CTAs ---
@@ -132,32 +133,35 @@ __device__ inline void write_pairs(const Multiplier& me, u32 first, u32 limit, u
 // gate/up -> activation -> the intermediate, for the loaders of all CTAs.
 template <typename T, int N>
 __device__ inline void write_inner(const ServerArguments& args, const Multiplier& me, const Batch& batch,
-                                   const UnitRecord& unit, u32 tile, const Accumulators<N>& sums) {
-  const u32 parity = batch.id % 2, size = unit.intermediate;
-  const bool gated = unit.gate_weights != nullptr;
-  const Activation activation = unit.activation;
-  auto address = [&](u32 row) { return args.inner[parity] + row * args.inner_stride; };
-  if (gated) {
-    const u32 first = tile * kBoxRows;
-    const float gate[2] = {bias_at<T>(unit.gate_bias, first + me.row(0), size),
-                           bias_at<T>(unit.gate_bias, first + me.row(1), size)};
-    const float up[2] = {bias_at<T>(unit.up_bias, first + me.row(0), size),
-                         bias_at<T>(unit.up_bias, first + me.row(1), size)};
-    write_pairs<T, N>(me, first, size, batch.rows, [&](u32 r, u32 j, u32 e) {
-      const u32 i = 4 * j + 2 * r + e;
-      return activate(activation, sums[0][i] + gate[r]) * (sums[1][i] + up[r]);
-    }, address);
-  } else {
+                                   const UnitRecord& unit, u32 tile, Accumulators<N>& sums) {
+  const u32 size = unit.intermediate;
+  const bool gated = unit.gate_weights != nullptr, gate_first = unit.gate_box == 0;
+  const u32 first = tile * (gated ? kBoxRows : kTileRows);
+  float bias[2][2];  // of each box, of each of this thread's rows
 #pragma unroll
-    for (u32 box = 0; box < 2; ++box) {
-      const u32 first = tile * kTileRows + box * kBoxRows;
-      const float up[2] = {bias_at<T>(unit.up_bias, first + me.row(0), size),
-                           bias_at<T>(unit.up_bias, first + me.row(1), size)};
-      write_pairs<T, N>(me, first, size, batch.rows, [&](u32 r, u32 j, u32 e) {
-        return activate(activation, sums[box][4 * j + 2 * r + e] + up[r]);
-      }, address);
-    }
+  for (u32 r = 0; r < 2; ++r) {
+    const u32 row = first + me.row(r);
+    bias[0][r] = bias_at<T>(gated && gate_first ? unit.gate_bias : unit.up_bias, row, size);
+    bias[1][r] = gated ? bias_at<T>(gate_first ? unit.up_bias : unit.gate_bias, row, size)
+                       : bias_at<T>(unit.up_bias, row + kBoxRows, size);
   }
+  with_activation(unit.activation, [&](auto function) {
+#pragma unroll
+    for (u32 i = 0; i < N / 2; ++i) {
+      const float lower = sums[0][i] + bias[0][i / 2 % 2], upper = sums[1][i] + bias[1][i / 2 % 2];
+      if (gated) {
+        sums[0][i] = function(gate_first ? lower : upper) * (gate_first ? upper : lower);
+      } else {
+        sums[0][i] = function(lower);
+        sums[1][i] = function(upper);
+      }
+    }
+  });
+  auto address = [&](u32 row) { return args.inner[batch.id % 2] + row * args.inner_stride; };
+  write_pairs<T, N>(me, first, size, batch.rows, [&](u32 r, u32 j, u32 e) { return sums[0][4 * j + 2 * r + e]; }, address);
+  if (!gated)
+    write_pairs<T, N>(me, first + kBoxRows, size, batch.rows,
+                      [&](u32 r, u32 j, u32 e) { return sums[1][4 * j + 2 * r + e]; }, address);
 }
 
 // O5: into the requesters' slots.
@@ -228,8 +232,11 @@ __device__ inline void serve_batch(const ServerArguments& args, SharedState& sha
   me.sync_group();
   if (me.thread < 32) {
     u32 before = 0;
-    if (me.lane == 0) __threadfence_system();  // the whole warpgroup's results: fences are cumulative
-    if (me.lane == 0) before = add_acq_rel_gpu(&args.state->progress[id % 2].finished, 1);
+    if (me.lane == 0) {
+      __threadfence_system();  // the whole warpgroup's results: fences are cumulative
+      before = atomicAdd(&args.state->progress[id % 2].finished, 1);
+      __threadfence();
+    }
     if (__shfl_sync(kAllLanes, before, 0) == kMultipliers * gridDim.x - 1) complete_batch(args, here.batch);
   }
 }

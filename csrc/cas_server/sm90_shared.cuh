@@ -25,9 +25,9 @@ static_assert(stages_of(128) * (kWeightBytes + 128 * 128) <= kRingBytes, "ring")
 struct SharedState {
   u64 full[kMaxStages];   // one arrival per loader, and their bytes
   u64 empty[kMaxStages];  // one arrival per multiplying warp
-  u64 batch_full[2];      // by parity of the batch number: the herald
+  u64 batch_full[2];      // by parity of the batch number: all lanes of the herald
   u64 batch_empty[2];     // every loader and every multiplying warpgroup
-  u32 issued;             // the last batch whose weights this CTA has asked for
+  u64 issued;             // one arrival per batch: the copies of all its weights have been issued
   SharedBatch batch[2];
 };
 

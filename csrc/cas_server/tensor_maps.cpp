@@ -22,23 +22,36 @@ Encode encode_function() {
   return function;
 }
 
+CUtensorMap encode_map(Dtype dtype, const void* start, std::uint32_t rank, const cuuint64_t* sizes,
+                       const cuuint64_t* pitches, const cuuint32_t* box) {
+  CUtensorMap map;
+  const cuuint32_t steps[3] = {1, 1, 1};
+  const CUresult result = encode_function()(
+      &map, dtype == Dtype::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, rank,
+      const_cast<void*>(start), sizes, pitches, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  SIDP_REQUIRE(result == CUDA_SUCCESS, LayoutError, "no tensor map for a matrix of ", sizes[1], " x ", sizes[0], " at ",
+               start, " with rows ", pitches[0], " bytes apart (driver error ", static_cast<int>(result),
+               "); start and pitch must be multiples of 16 bytes");
+  return map;
+}
+
 }  // namespace
 
 CUtensorMap matrix_map(Dtype dtype, const void* start, std::uint64_t columns, std::uint64_t rows,
                        std::uint64_t pitch_bytes, std::uint32_t box_rows) {
-  CUtensorMap map;
   const cuuint64_t sizes[2] = {columns, rows};
   const cuuint64_t pitches[1] = {pitch_bytes};
   const cuuint32_t box[2] = {64, box_rows};
-  const cuuint32_t steps[2] = {1, 1};
-  const CUresult result = encode_function()(
-      &map, dtype == Dtype::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2,
-      const_cast<void*>(start), sizes, pitches, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  SIDP_REQUIRE(result == CUDA_SUCCESS, LayoutError, "no tensor map for a matrix of ", rows, " x ", columns, " at ",
-               start, " with rows ", pitch_bytes, " bytes apart (driver error ", static_cast<int>(result),
-               "); start and pitch must be multiples of 16 bytes");
-  return map;
+  return encode_map(dtype, start, 2, sizes, pitches, box);
+}
+
+CUtensorMap weight_map(Dtype dtype, const void* start, std::uint64_t columns, std::uint64_t rows,
+                       std::uint32_t matrices, std::uint64_t distance_bytes) {
+  const cuuint64_t sizes[3] = {columns, rows, matrices};
+  const cuuint64_t pitches[2] = {columns * 2, distance_bytes};
+  const cuuint32_t box[3] = {64, 128, 1};
+  return encode_map(dtype, start, 3, sizes, pitches, box);
 }
 
 }  // namespace cas

@@ -15,5 +15,9 @@ namespace cas {
 CUtensorMap matrix_map(Dtype dtype, const void* start, std::uint64_t columns, std::uint64_t rows,
                        std::uint64_t pitch_bytes, std::uint32_t box_rows);
 
+// `matrices` of them, `distance_bytes` apart, in boxes of 128 rows x 64 columns of one.
+CUtensorMap weight_map(Dtype dtype, const void* start, std::uint64_t columns, std::uint64_t rows,
+                       std::uint32_t matrices, std::uint64_t distance_bytes);
+
 }  // namespace cas
 }  // namespace sidp
