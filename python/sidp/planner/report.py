@@ -186,7 +186,7 @@ def _crossover_table(option: Option):
 def _fetches(option: Option) -> str:
     clock = option.clock
     return (
-        f"A layer's fetch takes {clock.fetch_of_a_layer() * 1e3:.2f} ms: {_rows(clock.hidden_rows())} decoding requests "
+        f"A layer's fetch: {clock.fetch_of_a_layer() * 1e3:.2f} ms: {_rows(clock.hidden_rows())} decoding requests "
         f"or {_rows(clock.prefill_rows())} prompt tokens in an iteration hide all fetches."
     )
 
