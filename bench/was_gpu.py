@@ -51,7 +51,6 @@ def main():
     target = torch.empty(nbytes, dtype=torch.uint8, device="cuda")
     bare = timed(lambda: [target.copy_(host, non_blocking=True) for _ in range(args.layers)], args.repeats)
     report(what="bare pinned copy", ms=bare, gb_s=args.layers * nbytes / bare / 1e6)
-    del host, target
 
     def make(**environment):
         os.environ.update(environment)
@@ -78,10 +77,16 @@ def main():
             pool.acquire(layer)
             pool.release(layer)
 
+    fetched = pool.stats().fetched_bytes
     link = timed(empty, args.repeats)
+    if pool.stats().fetched_bytes - fetched < args.repeats * args.layers * nbytes:
+        raise SystemExit("the ring did not fetch every layer of every iteration: timings would mean nothing")
     report(what="ring without compute", ms=link, gb_s=args.layers * nbytes / link / 1e6, of_bare=bare / link)
     for rows in args.rows:
         x = torch.randn(rows, args.hidden, device="cuda", dtype=torch.bfloat16)
+        for layer in (0, args.layers - 1):
+            if not torch.equal(ffn_forward(x, pool, layer), apply_formula(x, unit, spec)):
+                raise SystemExit(f"layer {layer} is not bit-identical to the unpooled one: timings would mean nothing")
         pooled = timed(lambda x=x: forward(x, pool), args.repeats)
         floor = max(alone[rows], bare)
         report(what="eager", rows=rows, compute=alone[rows], link=bare, pooled=pooled, ratio=pooled / floor)
@@ -93,7 +98,6 @@ def main():
         torch.cuda.synchronize()
         del graph
     pool.close()
-    del pool
     host_cost(report)
 
 

@@ -104,7 +104,7 @@ void bind_core(py::module_& m) {
       .def("resident", &Placement::resident)
       .def("local", &Placement::local)
       .def("share", &Placement::share, py::return_value_policy::reference_internal)
-      .def("copies", &Placement::copies)
+      .def("copies", &Placement::copies, py::arg("layer"), py::arg("rank"), py::arg("from_own") = false)
       .def("arena_bytes", &Placement::arena_bytes)
       .def("unit", &Placement::unit, py::return_value_policy::reference_internal)
       .def_property_readonly("replicated_bytes", &Placement::replicated_bytes)

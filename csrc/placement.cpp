@@ -119,9 +119,10 @@ CopyOp copy_piece(const UnitLayout& unit, const Extent& extent, const Piece& pie
 
 }  // namespace
 
-std::vector<CopyOp> Placement::copies(int layer, int rank) const {
+std::vector<CopyOp> Placement::copies(int layer, int rank, bool from_own) const {
   const UnitLayout& unit = this->unit(layer);
-  if (local(layer, rank)) return {};
+  if (local(layer, rank) && !from_own) return {};
+  SIDP_REQUIRE(!resident(layer), ConfigError, "layer ", layer, " is resident: it is never copied into a slot");
   if (kind_ == PlacementKind::layer) {
     const Extent& extent = share(layer, owner(layer));
     return {{extent.owner, extent.offset, 0, extent.bytes, 1, extent.bytes, extent.bytes}};

@@ -60,7 +60,8 @@ class Placement {
 
   // The copies that bring `layer` into a slot of `rank`, the extents walked from the rank's own offset, so that ranks
   // in step read from different owners. The rank's own extent comes last.
-  std::vector<CopyOp> copies(int layer, int rank) const;
+  // A layer that the rank holds whole takes none, unless `from_own` asks for the copy out of its own arena (host tier).
+  std::vector<CopyOp> copies(int layer, int rank, bool from_own = false) const;
 
  private:
   std::size_t check(int layer) const;

@@ -79,13 +79,17 @@ void CudaRing::lay_out(const Placement& placement, int rank, const std::vector<c
     const int layer = schedule_.layer(index);
     std::vector<DeviceCopy> slices;
     const auto first = static_cast<std::uint32_t>(table.size());
-    std::uint64_t remote = 0;
-    for (const CopyOp& op : placement.copies(layer, rank)) {
+    std::uint64_t remote = 0, total = 0;
+    for (const CopyOp& op : placement.copies(layer, rank, true)) {
+      total += op.bytes();
       const DeviceCopy copy{sources.at(op.owner) + op.source, op.target, op.width, op.height, op.source_pitch, op.target_pitch};
       table.push_back(copy);
       add_slices(slices, copy, options_.slice_bytes);
       if (op.owner != rank || options_.own_is_remote) remote += op.bytes();
     }
+    std::uint64_t needed = 0;
+    for (const TensorLayout& tensor : placement.unit(layer).tensors()) needed += tensor.bytes();
+    SIDP_ASSERT(total >= needed, "the copies of layer ", layer, " bring ", total, " of ", needed, " bytes");
     units.push_back({first, static_cast<std::uint32_t>(table.size()) - first});
     copies_.push_back(std::move(slices));
     remote_bytes_.push_back(remote);
