@@ -1,10 +1,10 @@
 """Checks and times the CUDA CaS server against torch (cuBLAS on all SMs) and the bare HBM read, in one process.
 
-    python bench/cas_kernel.py LIBRARY [--out results.json] [--quick]
+    python bench/cas_kernel.py LIBRARY [--out results.json]
 
-LIBRARY is bench/cas_capi.cu linked with csrc/cas_server. Weights are drawn fresh; errors are relative Frobenius norms against float64,
-cuBLAS' own beside ours. Times are medians over graph replays, in microseconds; "call" is push + serve + wait as a stream sees it, "serve" the
-server's own time from the election of the batch to the reply.
+LIBRARY is bench/cas_capi.cu linked with csrc/cas_server. Weights are drawn fresh; errors are relative Frobenius norms
+against float64, cuBLAS' own beside ours. Times are medians over graph replays, in microseconds; "call" is push + serve +
+wait as a stream sees it, "serve" the server's own time from the election of the batch to the reply.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ ACTIVATIONS = {
 class Shape(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_uint32)
-        for name in ("world", "slots", "max_rows", "hidden", "intermediate", "layers", "sms", "rank", "dtype", "reply_float32", "plain")
+        for name in (
+            "world", "slots", "max_rows", "hidden", "intermediate", "layers", "sms", "rank", "dtype", "reply_float32",
+            "plain",
+        )  # fmt: skip
     ] + [(name, ctypes.c_double) for name in ("idle_ms", "run_ms", "watch_ms", "stall_s")]
 
 
@@ -111,7 +114,8 @@ class Group:
         if self.striped:
             inner = t["up"].shape[0] // owners
             part = slice(rank * inner, (rank + 1) * inner)
-            t = {k: (v if k == "down_bias" else v[:, part] if k == "down" else v[part]).contiguous() for k, v in t.items()}
+            cut = {"down_bias": lambda v: v, "down": lambda v: v[:, part]}
+            t = {k: cut.get(k, lambda v: v[part])(v).contiguous() for k, v in t.items()}
             if rank:
                 t.pop("down_bias", None)
             self.slices.append(t)
@@ -160,7 +164,7 @@ class Group:
     def counters(self, owner=0):
         out = (ctypes.c_uint64 * 6)()
         self.ok(self.lib.sidp_cas_counters(ctypes.c_void_p(self.servers[owner]), out))
-        return dict(zip(("batches", "requests", "rows", "refused", "busy_ns", "launches"), out))
+        return dict(zip(("batches", "requests", "rows", "refused", "busy_ns", "launches"), out, strict=True))
 
     def close(self):
         for server in self.servers:

@@ -20,7 +20,7 @@ ServePath path_for(const CudaServerConfig& config) {
   SIDP_REQUIRE(major >= 8, ConfigError, "CaS needs compute capability 8.0, device ", config.device, " has ", major, ".",
                minor, "; use mode=\"was\"");
   const bool aligned = config.hidden % 8 == 0 && config.intermediate % 8 == 0;
-  return major == 9 && minor == 0 && aligned && !config.plain ? ServePath::kSm90 : ServePath::kPlain;
+  return major == 9 && minor == 0 && sm90_path_built() && aligned && !config.plain ? ServePath::kSm90 : ServePath::kPlain;
 }
 
 const char* fault_text(std::uint32_t fault) {

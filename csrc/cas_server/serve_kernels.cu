@@ -43,6 +43,12 @@ unsigned shared_bytes(ServePath path) { return path == ServePath::kSm90 ? kServe
 
 }  // namespace
 
+bool sm90_path_built() {
+  for (const int architecture : {__CUDA_ARCH_LIST__})
+    if (architecture == 900) return true;
+  return false;
+}
+
 cudaError_t preload_serve_kernels(ServePath path, Dtype dtype) {
   cudaFuncAttributes attributes;
   cudaError_t error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(&watch));

@@ -17,6 +17,9 @@ struct ServeLaunch {
   cudaStream_t stream;
 };
 
+// Whether this build holds the sm_90a kernel; on a device of 9.0 without it the plain one serves.
+bool sm90_path_built();
+
 // Loads the kernels and raises their shared-memory limits; before the first launch, because lazy loading can wait for a
 // kernel that is running. Returns the first error.
 cudaError_t preload_serve_kernels(ServePath path, Dtype dtype);

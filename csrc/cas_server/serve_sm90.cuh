@@ -7,6 +7,10 @@
 namespace sidp {
 namespace cas {
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900 && !defined(SIDP_SM90A)
+#error "build for sm_90a: plain sm_90 has no wgmma, and this kernel would be empty"
+#endif
+
 #if defined(SIDP_SM90A)
 
 __device__ inline void init_shared(SharedState& shared) {

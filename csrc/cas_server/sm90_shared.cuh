@@ -4,8 +4,6 @@
 #include "control.cuh"
 #include "wgmma.cuh"
 
-#if defined(SIDP_SM90A) || !defined(__CUDA_ARCH__)
-
 namespace sidp {
 namespace cas {
 
@@ -84,5 +82,3 @@ __device__ inline const SharedBatch& wait_batch(const ServerArguments& args, Sha
 
 }  // namespace cas
 }  // namespace sidp
-
-#endif
