@@ -2,9 +2,9 @@
 
     python bench/cas_kernel.py LIBRARY [--out results.json]
 
-LIBRARY is bench/cas_capi.cu linked with csrc/cas_server. Weights are drawn fresh; errors are relative Frobenius norms
-against float64, cuBLAS' own beside ours. Times are medians over graph replays, in microseconds; "call" is push + serve +
-wait as a stream sees it, "serve" the server's own time from the election of the batch to the reply.
+LIBRARY is bench/cas_capi.cu linked with csrc/cas_server. Weights are drawn fresh; errors are relative Frobenius
+norms against float64, cuBLAS' own beside ours. Times are medians over graph replays, in microseconds; "call" is push, serve
+and wait as a stream sees it, "serve" the server's own time from the election of the batch to the reply.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Shape(ctypes.Structure):
         for name in (
             "world", "slots", "max_rows", "hidden", "intermediate", "layers", "sms", "rank", "dtype", "reply_float32",
             "plain",
-        )  # fmt: skip
+        )
     ] + [(name, ctypes.c_double) for name in ("idle_ms", "run_ms", "watch_ms", "stall_s")]
 
 

@@ -17,7 +17,7 @@ namespace cas {
 
 struct CudaServerConfig {
   int device = 0;
-  unsigned sms = 32;           // CTAs of the serving kernel, one to an SM
+  unsigned sms = 40;           // CTAs of the serving kernel, one to an SM
   std::uint32_t layers = 0;    // of the model; units are registered for those this rank holds
   std::uint32_t hidden = 0;    // of every unit
   std::uint32_t intermediate = 0;  // largest of the slices this rank holds
