@@ -2,9 +2,9 @@
 
     python bench/cas_kernel.py LIBRARY [--out results.json]
 
-LIBRARY is bench/cas_capi.cu linked with csrc/cas_server. Weights are drawn fresh; errors are relative Frobenius
-norms against float64, cuBLAS' own beside ours. Times are medians over graph replays, in microseconds; "call" is push, serve
-and wait as a stream sees it, "serve" the server's own time from the election of the batch to the reply.
+LIBRARY is bench/cas_capi.cu linked with csrc/cas_server. Weights are drawn fresh; errors are relative Frobenius norms
+against float64, cuBLAS' own beside ours. Times are medians over graph replays, in microseconds; "call" is what the
+stream sees of push, serve and wait, "serve" the server's own time from the election of the batch to the reply.
 """
 
 from __future__ import annotations
