@@ -32,7 +32,16 @@ class Shape(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_uint32)
         for name in (
-            "world", "slots", "max_rows", "hidden", "intermediate", "layers", "sms", "rank", "dtype", "reply_float32",
+            "world",
+            "slots",
+            "max_rows",
+            "hidden",
+            "intermediate",
+            "layers",
+            "sms",
+            "rank",
+            "dtype",
+            "reply_float32",
             "plain",
         )
     ] + [(name, ctypes.c_double) for name in ("idle_ms", "run_ms", "watch_ms", "stall_s")]

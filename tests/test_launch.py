@@ -7,6 +7,7 @@ import signal
 import time
 
 import pytest
+
 from launch import RankFailed, parallel_launch, start
 
 

@@ -41,19 +41,13 @@ class TensorSpec:
     def __post_init__(self):
         object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
         if not self.shape or min(self.shape) < 1:
-            raise ConfigError(
-                f"tensor '{self.name}' has shape {self.shape}: every dimension must be 1 or more"
-            )
+            raise ConfigError(f"tensor '{self.name}' has shape {self.shape}: every dimension must be 1 or more")
         if not isinstance(self.dtype, torch.dtype):
             raise ConfigError(f"tensor '{self.name}' has dtype {self.dtype!r}: expected a torch.dtype")
         if self.split not in ("none", "rows", "cols"):
-            raise ConfigError(
-                f"tensor '{self.name}': split must be 'none', 'rows' or 'cols', got {self.split!r}"
-            )
+            raise ConfigError(f"tensor '{self.name}': split must be 'none', 'rows' or 'cols', got {self.split!r}")
         if self.split == "cols" and len(self.shape) != 2:
-            raise ConfigError(
-                f"tensor '{self.name}' of shape {self.shape}: only a matrix can be split by 'cols'"
-            )
+            raise ConfigError(f"tensor '{self.name}' of shape {self.shape}: only a matrix can be split by 'cols'")
 
     @property
     def nbytes(self) -> int:

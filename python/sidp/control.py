@@ -100,9 +100,7 @@ class ControlPlane:
             return [bytes(payload)]
         step, self._sequence = self._sequence, self._sequence + 1
         keys = {rank: f"{step}/{rank}" for rank in range(self.world_size)}
-        frame = (
-            _FRAME.pack(_MAGIC, self.rank, len(name.encode()), self.token) + name.encode() + bytes(payload)
-        )
+        frame = _FRAME.pack(_MAGIC, self.rank, len(name.encode()), self.token) + name.encode() + bytes(payload)
         with self._naming_the_store(name):
             self._store.set(keys[self.rank], frame)
             self._wait(keys, name)
@@ -163,9 +161,7 @@ class ControlPlane:
         self._wait({rank: f"who/{rank}" for rank in range(self.world_size)}, "start", welcome)
         self.identities = [found[rank] for rank in range(self.world_size)]
 
-    def _wait(
-        self, keys: dict[int, str], name: str, arrived: Callable[[int, bytes], None] | None = None
-    ) -> None:
+    def _wait(self, keys: dict[int, str], name: str, arrived: Callable[[int, bytes], None] | None = None) -> None:
         """Waits until all keys are there; raises as soon as it is known that they will not come.
 
         ``arrived(rank, value)`` is called for each key as it comes, so that its rank can be watched from then

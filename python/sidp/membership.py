@@ -104,6 +104,4 @@ def require_one_host(identities: Sequence[Identity]) -> None:
                 f"group= a process group of the ranks of one host"
             )
         if other.uid != first.uid:
-            raise ConfigError(
-                f"rank 0 runs as user {first.uid}, rank {rank} as {other.uid}: run all ranks as one user"
-            )
+            raise ConfigError(f"rank 0 runs as user {first.uid}, rank {rank} as {other.uid}: run all ranks as one user")

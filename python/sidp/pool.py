@@ -97,9 +97,7 @@ class WeightPool:
         if config.mode == "cas" and self._on_gpu:
             raise ConfigError("mode='cas' is not offered on GPUs by this version: use 'was' or 'auto'")
         if config.resident_layers > layers:
-            raise ConfigError(
-                f"resident_layers={config.resident_layers} is more than the {layers} layers of the pool"
-            )
+            raise ConfigError(f"resident_layers={config.resident_layers} is more than the {layers} layers of the pool")
         pooled = layers - config.resident_layers
         if config.placement == "layer" and config.mode != "local" and world > pooled > 0:
             raise ConfigError(
@@ -435,9 +433,7 @@ class WeightPool:
 
     def _check_layer(self, layer: int) -> int:
         if not isinstance(layer, int) or not 0 <= layer < len(self.units):
-            raise ConfigError(
-                f"layer {layer!r} does not exist: the pool has layers 0 ... {len(self.units) - 1}"
-            )
+            raise ConfigError(f"layer {layer!r} does not exist: the pool has layers 0 ... {len(self.units) - 1}")
         return layer
 
     def _check_open(self) -> None:
@@ -447,9 +443,7 @@ class WeightPool:
     def _check_committed(self) -> None:
         self._check_open()
         if not self._committed:
-            raise ConfigError(
-                "the pool is not committed yet: load every layer, then call commit() on all ranks"
-            )
+            raise ConfigError("the pool is not committed yet: load every layer, then call commit() on all ranks")
 
     # ---- observation --------------------------------------------------------------------------------------------------
 
@@ -577,9 +571,7 @@ def _units(specs: Sequence[FFNSpec | Unit]) -> list[Unit]:
 
 
 def _describe(unit: Unit) -> list:
-    return [[t.name, list(t.shape), str(t.dtype), t.split, t.groups] for t in unit.tensors] + [
-        str(unit.formula)
-    ]
+    return [[t.name, list(t.shape), str(t.dtype), t.split, t.groups] for t in unit.tensors] + [str(unit.formula)]
 
 
 def _difference(a: dict, b: dict) -> str:

@@ -93,9 +93,7 @@ class Shares:
 
     def whole_unit(self, layer: int) -> dict[str, torch.Tensor]:
         """Views of a unit that lies here whole."""
-        return unit_views(
-            self.units[layer], self._extents[layer].pieces, self.memory, self._extents[layer].offset
-        )
+        return unit_views(self.units[layer], self._extents[layer].pieces, self.memory, self._extents[layer].offset)
 
     def check_complete(self) -> None:
         """ConfigError naming what this rank keeps and was never loaded."""
@@ -103,13 +101,9 @@ class Shares:
         for layer, missing in enumerate(self._missing):
             pieces = self._extents[layer].pieces
             if missing:
-                gaps[layer] = sorted(
-                    {self.units[layer].tensors[pieces[number].tensor].name for number in missing}
-                )
+                gaps[layer] = sorted({self.units[layer].tensors[pieces[number].tensor].name for number in missing})
         if gaps:
-            listing = "; ".join(
-                f"layer {layer}: {', '.join(names)}" for layer, names in list(gaps.items())[:4]
-            )
+            listing = "; ".join(f"layer {layer}: {', '.join(names)}" for layer, names in list(gaps.items())[:4])
             more = f" and {len(gaps) - 4} layers more" if len(gaps) > 4 else ""
             raise ConfigError(
                 f"commit() before everything was loaded: {listing}{more}; call load() for each layer first"
@@ -126,18 +120,14 @@ class Shares:
     def _check(self, layer: int, name: str, tensor: torch.Tensor) -> None:
         _, spec = self._find(layer, name)
         if not isinstance(tensor, torch.Tensor):
-            raise LayoutError(
-                f"'{name}' of layer {layer} must be a torch.Tensor, got {type(tensor).__name__}"
-            )
+            raise LayoutError(f"'{name}' of layer {layer} must be a torch.Tensor, got {type(tensor).__name__}")
         if tuple(tensor.shape) != spec.shape or tensor.dtype is not spec.dtype:
             raise LayoutError(
                 f"'{name}' of layer {layer} must be {spec.shape} {spec.dtype}, got {tuple(tensor.shape)} {tensor.dtype}: "
                 f"Linear layout is [out, in]; convert before loading"
             )
         if tensor.device.type == "meta":
-            raise LayoutError(
-                f"'{name}' of layer {layer} is on the meta device and has no bytes: materialise it first"
-            )
+            raise LayoutError(f"'{name}' of layer {layer} is on the meta device and has no bytes: materialise it first")
         if (layer, name) in self._loaded_whole:
             raise ConfigError(f"'{name}' of layer {layer} was loaded already: load each layer once")
 

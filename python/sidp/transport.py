@@ -149,8 +149,7 @@ class ShmTransport:
 
     def _is_done(self, rank: int) -> bool:
         return (
-            self._mappings[rank].phase in ("finished", "closed", "failed")
-            or self._control.watch.state(rank) == "dead"
+            self._mappings[rank].phase in ("finished", "closed", "failed") or self._control.watch.state(rank) == "dead"
         )
 
     def mark_failed(self) -> None:

@@ -55,9 +55,7 @@ def test_order_is_a_permutation_within_windows_and_slots_are_static(peak_shiftin
 @pytest.mark.parametrize("world", range(2, 10))
 def test_a_fetch_waits_only_for_uses_that_can_happen_before_it(world):
     """Runs queue against uses, one forward after another: never stuck, never over an unread slot, never read unfetched."""
-    for layers, slots in itertools.product(
-        {world, 2 * world, 3 * world + 1, 4 * world - 1}, range(1, 2 * world + 1)
-    ):
+    for layers, slots in itertools.product({world, 2 * world, 3 * world + 1, 4 * world - 1}, range(1, 2 * world + 1)):
         placement = placement_of(world, layers)
         for rank in range(world):
             schedule = C.FetchSchedule(placement, rank, slots)
