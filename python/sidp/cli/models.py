@@ -146,7 +146,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(**source)
         model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16, **options)
-    except ImportError as error:
+    except (ImportError, ValueError) as error:  # transformers raises either for a library it lacks
         raise ConfigError(f"cannot read GGUF: {error}; pip install 'sidp[demo]'") from error
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
