@@ -74,10 +74,8 @@ class Shares:
     def load_slice(self, layer: int, name: str, index: Index, tensor: torch.Tensor) -> None:
         position, spec = self._find(layer, name)
         extent = self._extents[layer]
-        for number, piece in enumerate(extent.pieces):
-            if piece.tensor == position and _index(piece, spec) == tuple(index):
-                break
-        else:
+        number = self._number_of(layer, position, spec, index)
+        if number is None:
             raise ConfigError(
                 f"this rank keeps {self.wants(layer, name)} of '{name}' in layer {layer}, not {index}: load what wants() names"
             )
@@ -88,8 +86,15 @@ class Shares:
             raise LayoutError(
                 f"'{name}' {index} of layer {layer} must be {shape} {spec.dtype}, got {tuple(tensor.shape)} {tensor.dtype}"
             )
-        view(self.memory, extent.offset + piece.offset, shape, spec.dtype).copy_(tensor)
+        offset = extent.offset + extent.pieces[number].offset
+        view(self.memory, offset, shape, spec.dtype).copy_(tensor)
         self._missing[layer].discard(number)
+
+    def _number_of(self, layer: int, position: int, spec: TensorSpec, index: Index) -> int | None:
+        for number, piece in enumerate(self._extents[layer].pieces):
+            if piece.tensor == position and _index(piece, spec) == tuple(index):
+                return number
+        return None
 
     def whole_unit(self, layer: int) -> dict[str, torch.Tensor]:
         """Views of a unit that lies here whole."""

@@ -108,7 +108,9 @@ def wait_for_lines(path, count, process):
 
 def ranks_of(process):
     """Pids of the launcher's ranks, in the order of their start."""
-    out = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout
+    out = subprocess.run(
+        ["ps", "-ww", "-o", "pid=,args=", "--ppid", str(process.pid)], capture_output=True, text=True
+    ).stdout
     return sorted(int(line.split()[0]) for line in out.splitlines() if "spawn_main" in line)
 
 

@@ -163,7 +163,7 @@ def test_bad_arguments_name_the_value_and_the_expectation():
         C.Placement("ring", [unit], 2)
     with pytest.raises(ConfigError, match="at least one layer"):
         C.Placement("layer", [], 2)
-    with pytest.raises(ConfigError, match="resident_layers must be 0 ... 1 .*got 2"):
+    with pytest.raises(ConfigError, match=r"resident_layers must be 0 \.\.\. 1 .*got 2"):
         C.Placement("layer", [unit], 2, 2)
     with pytest.raises(ConfigError, match="layer 1 does not exist"):
         C.Placement("layer", [unit], 2).owner(1)
