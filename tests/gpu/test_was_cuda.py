@@ -42,15 +42,16 @@ def pool_of(spec, weights, **config) -> WeightPool:
     return pool
 
 
+# A gated FFN squares its input, so a plain chain of them overflows, and NaN equals nothing: tanh keeps it bounded.
 def forward(x, pool):
     for layer in range(pool.num_layers):
-        x = x + ffn_forward(x, pool, layer)
+        x = torch.tanh(x + ffn_forward(x, pool, layer))
     return x
 
 
 def reference(x, weights, spec):
     for unit in weights:
-        x = x + apply_formula(x, unit, spec)
+        x = torch.tanh(x + apply_formula(x, unit, spec))
     return x
 
 
