@@ -133,6 +133,7 @@ void bind_core(py::module_& m) {
         for (std::int64_t use : last_use) uses.push_back(use < 0 ? kNever : static_cast<std::uint64_t>(use));
         return queue.restart(index, uses);
       });
+  m.attr("slot_alignment") = kSlotAlignment;
   m.def("default_slots", &default_slots, py::arg("placement"), py::arg("rank"), py::arg("peak_shifting") = true,
         py::arg("local") = std::vector<bool>());
 }

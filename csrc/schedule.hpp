@@ -16,6 +16,9 @@
 
 namespace sidp {
 
+// Slots of a ring begin at multiples of this.
+constexpr std::uint64_t kSlotAlignment = 4096;
+
 class FetchSchedule {
  public:
   // `local[layer]` says which layers need no fetch; where it is empty, the layers that `rank` holds whole.

@@ -10,7 +10,6 @@
 namespace sidp::cache {
 namespace {
 
-constexpr std::uint64_t kSlotAlignment = 4096;
 constexpr std::size_t kCapturesKept = 8;
 
 // A copy of many rows is cut between rows, one long row within it.

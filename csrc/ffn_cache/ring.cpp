@@ -13,7 +13,6 @@ namespace sidp::cache {
 
 namespace {
 
-constexpr std::uint64_t kPage = 4096;
 // A wait wakes this often to see whether a peer died.
 constexpr double kLookAroundSeconds = 0.02;
 
@@ -46,7 +45,7 @@ Ring::Ring(const Placement& placement, int rank, std::vector<Source> sources, co
     std::uint64_t remote = 0;
     for (const CopyOp& op : copies_.back()) remote += op.owner == rank ? 0 : op.bytes();
     remote_bytes_.push_back(remote);
-    slot_stride_ = std::max(slot_stride_, align_up(placement.unit(layer).bytes(), kPage));
+    slot_stride_ = std::max(slot_stride_, align_up(placement.unit(layer).bytes(), kSlotAlignment));
   }
   memory_ = map_memory(bytes());
   copy_thread_ = std::thread([this] { copy_loop(); });

@@ -6,6 +6,7 @@
 
 #include "atomics.hpp"
 #include "error.hpp"
+#include "p2p/bind_common.hpp"
 #include "p2p/memory_limit.hpp"
 #include "p2p/peer_watch.hpp"
 #include "p2p/shm_arena.hpp"
@@ -14,17 +15,6 @@ namespace py = pybind11;
 
 namespace sidp {
 namespace {
-
-using NoGil = py::call_guard<py::gil_scoped_release>;
-
-JobToken token_from(const std::string& bytes) {
-  SIDP_REQUIRE(bytes.size() == sizeof(JobToken), ConfigError, "a job token has ", sizeof(JobToken), " bytes, got ", bytes.size());
-  JobToken token;
-  std::memcpy(&token, bytes.data(), sizeof(token));
-  return token;
-}
-
-std::uintptr_t address(const void* pointer) { return reinterpret_cast<std::uintptr_t>(pointer); }
 
 ArenaPhase phase_from(const std::string& name) {
   if (name == "created") return ArenaPhase::created;

@@ -7,26 +7,12 @@
 #include <string>
 
 #include "error.hpp"
+#include "p2p/bind_common.hpp"
 #include "p2p/cuda_arena.hpp"
 
 namespace py = pybind11;
 
 namespace sidp {
-namespace {
-
-using NoGil = py::call_guard<py::gil_scoped_release>;
-
-JobToken token_from(const std::string& bytes) {
-  SIDP_REQUIRE(bytes.size() == sizeof(JobToken), ConfigError, "a job token has ", sizeof(JobToken), " bytes, got ", bytes.size());
-  JobToken token;
-  std::memcpy(&token, bytes.data(), sizeof(token));
-  return token;
-}
-
-std::uintptr_t address(const void* pointer) { return reinterpret_cast<std::uintptr_t>(pointer); }
-
-}  // namespace
-
 void bind_cuda_p2p(py::module_& m) {
   py::class_<CudaArena, std::shared_ptr<CudaArena>>(m, "CudaArena")
       .def(py::init([](int rank, int world_size, const std::string& token, std::uint64_t extent_bytes, int device) {

@@ -1,6 +1,7 @@
 """The native core. Addresses, pointers and streams are integers; errors are the classes of sidp.errors."""
 
 debug_build: bool
+slot_alignment: int
 
 class TensorLayout:
     name: str

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 
@@ -10,14 +9,16 @@ import torch
 
 from . import cas, ops, policy
 from ._native import C
+from .agreement import agree, units_of
 from .config import FFNSpec, PoolConfig, Unit
 from .control import ControlPlane
 from .errors import ConfigError, PoolClosedError, SidpError
 from .memory import host_bytes
 from .shares import Index, Shares, unit_layout, unit_views
+from .slots import choose_slots
 from .stats import PoolStats
 from .transport import LocalMemory, ShmTransport
-from .transport_cuda import HostTransport, device_bytes, open_gpu_transport
+from .transport_cuda import HostTransport, choose_device, device_bytes, open_gpu_transport
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ class WeightPool:
         self._cas: cas.CpuCas | None = None
         self._policy: policy.AutoPolicy | None = None
         try:
-            self.units = _units(specs)
+            self.units = units_of(specs)
             self._formulas = [unit.formula for unit in self.units]
             self._check_config()
             self._agree()
@@ -88,7 +89,7 @@ class WeightPool:
 
     def _check_config(self) -> None:
         config, world, layers = self.config, self.world_size, self.num_layers
-        self.device = _device(config.device)
+        self.device = choose_device(config.device)
         self._on_gpu = self.device.type == "cuda"
         self._host_shares = config.host_tier  # the shares lie in host memory, the computing is done on a GPU
         self._gpu = C.cuda_device_facts(self.device.index).uuid if self._on_gpu else ""
@@ -106,24 +107,10 @@ class WeightPool:
             )
 
     def _agree(self) -> None:
-        """Every rank sees every rank's specs and config, and names the first difference."""
-        mine = {
-            "specs": [_describe(unit) for unit in self.units],
-            "config": {name: str(value) for name, value in self.config.shared_fields().items()},
-            "cas": self._wants_cas(),
-            "gpu": self._gpu,
-        }
-        replies = self._control.exchange("agree", json.dumps(mine).encode())
-        first = json.loads(replies[0])
-        for rank, reply in enumerate(replies):
-            difference = _difference(first, json.loads(reply))
-            if difference:
-                raise ConfigError(
-                    f"rank 0 and rank {rank} disagree on {difference}: give all ranks the same specs and config"
-                )
-        self._gpus = [json.loads(reply)["gpu"] for reply in replies]
+        replies = agree(self._control, self.units, self.config, cas=self._wants_cas(), gpu=self._gpu)
+        self._gpus = [reply["gpu"] for reply in replies]
         # The mode is each rank's own affair, but whoever wants CaS needs everybody's server.
-        self._cas_offered = any(json.loads(reply)["cas"] for reply in replies)
+        self._cas_offered = any(reply["cas"] for reply in replies)
 
     def _wants_cas(self) -> bool:
         if self.config.mode == "cas":
@@ -170,25 +157,13 @@ class WeightPool:
         return here
 
     def _choose_slots(self, placement) -> None:
-        config = self.config
-        local = [self._local_layers(placement, rank) for rank in range(self.world_size)]
-        remote = [self.num_layers - sum(here) for here in local]
-        wanted = [
-            (config.slots or C.default_slots(placement, rank, config.peak_shifting, local[rank])) if remote[rank] else 0
-            for rank in range(self.world_size)
-        ]
-        self.slots = wanted[self.rank]
-        if config.slots is not None and max(remote) and config.slots > max(remote):
-            raise ConfigError(
-                f"slots={config.slots} is out of range: a rank reaches {max(remote)} layers remotely, so 1 ... {max(remote)} "
-                f"slots make sense"
-            )
-        saved = [
-            placement.replicated_bytes - self._kept_bytes(placement, rank) - slots * placement.largest_unit_bytes
-            for rank, slots in enumerate(wanted)
-        ]
+        config, ranks = self.config, range(self.world_size)
+        local = [self._local_layers(placement, rank) for rank in ranks]
+        kept = [self._kept_bytes(placement, rank) for rank in ranks]
+        slots, pays = choose_slots(placement, config.slots, config.peak_shifting, local, kept)
+        self.slots = slots[self.rank]
         # An explicit number of slots is an explicit wish to pool; only the automatic choice may decline.
-        if config.slots is None and sum(saved) <= 0:
+        if config.slots is None and not pays:
             self.reason = (
                 f"pooling would free nothing: a share and {self.slots} ring slot(s) take as much as the "
                 f"{placement.replicated_bytes} bytes of the weights themselves"
@@ -468,16 +443,11 @@ class WeightPool:
             stats.last_mode = self._last_mode
             stats.last_mode_reason = self._why(self._last_mode)
         if self._ring is not None:
-            ring = self._ring.stats()
-            stats.fetches, stats.fetched_bytes = ring.fetches, ring.fetched_bytes
-            stats.stalls, stats.stall_seconds, stats.restarts = ring.stalls, ring.stall_seconds, ring.restarts
-            if self._on_gpu:
-                stats.repairs = ring.repairs
-            else:
-                stats.link_bytes_per_s = ring.fetched_bytes / ring.fetch_seconds if ring.fetch_seconds > 0 else 0.0
-                stats.pauses = ring.pauses
+            stats.add_ring(self._ring.stats())
         if self._cas is not None:
-            self._add_cas(stats)
+            stats.add_cas(self._cas.requester_stats(), self._cas.server_stats())
+        if self._policy is not None:
+            stats.mode_switches = self._policy.switches
         return stats
 
     def _why(self, mode: str) -> str:
@@ -490,17 +460,6 @@ class WeightPool:
         if self.config.mode == "cas":
             return "CaS does not know this layer's formula, or the input is not what it takes: weights are fetched"
         return "weights are fetched ahead of use"
-
-    def _add_cas(self, stats: PoolStats) -> None:
-        sent, served = self._cas.requester_stats(), self._cas.server_stats()
-        stats.requests_sent, stats.rows_sent = sent.requests, sent.rows
-        stats.cas_wait_seconds = sent.wait_seconds
-        stats.requests_served, stats.rows_served = served.requests, served.rows
-        stats.batches, stats.fused_batches = served.batches, served.fused_batches
-        stats.requests_refused = served.refused + served.broken
-        stats.requesters_retired, stats.server_busy_seconds = served.retired, served.busy_seconds
-        if self._policy is not None:
-            stats.mode_switches = self._policy.switches
 
     def start_trace(self, capacity: int = 100_000) -> None:
         """Records what the ring does from now on, at most ``capacity`` events."""
@@ -557,46 +516,3 @@ class WeightPool:
             self._control.fail(value)
             self._transport.mark_failed()
             self._tear_down()
-
-
-def _units(specs: Sequence[FFNSpec | Unit]) -> list[Unit]:
-    units = []
-    for layer, spec in enumerate(specs):
-        if not isinstance(spec, (FFNSpec, Unit)):
-            raise ConfigError(f"specs[{layer}] must be an FFNSpec or a Unit, got {type(spec).__name__}")
-        units.append(spec if isinstance(spec, Unit) else spec.unit())
-    if not units:
-        raise ConfigError("specs is empty: give one FFNSpec per layer")
-    return units
-
-
-def _describe(unit: Unit) -> list:
-    return [[t.name, list(t.shape), str(t.dtype), t.split, t.groups] for t in unit.tensors] + [str(unit.formula)]
-
-
-def _difference(a: dict, b: dict) -> str:
-    """In words, where two ranks' specs and config differ; empty where they do not."""
-    if bool(a["gpu"]) != bool(b["gpu"]):
-        return f"the device ({a['gpu'] or 'CPU'} and {b['gpu'] or 'CPU'})"
-    if len(a["specs"]) != len(b["specs"]):
-        return f"the number of layers ({len(a['specs'])} and {len(b['specs'])})"
-    for layer, (x, y) in enumerate(zip(a["specs"], b["specs"], strict=True)):
-        if x != y:
-            return f"layer {layer} ({x} and {y})"
-    for name in a["config"]:
-        if a["config"][name] != b["config"].get(name):
-            return f"config.{name} ({a['config'][name]} and {b['config'].get(name)})"
-    return ""
-
-
-def _device(device) -> torch.device:
-    """The device a pool computes on; None takes the current CUDA device where the build and the machine have one."""
-    with_cuda = getattr(C, "with_cuda", False) and torch.cuda.is_available()
-    chosen = torch.device(("cuda" if with_cuda else "cpu") if device is None else device)
-    if chosen.type == "cuda" and with_cuda:
-        return torch.device("cuda", torch.cuda.current_device() if chosen.index is None else chosen.index)
-    if chosen.type != "cpu":
-        raise ConfigError(
-            f"device={device!r}: this build or machine has the CPU backend only; use device='cpu' or leave it out"
-        )
-    return chosen

@@ -61,3 +61,20 @@ class PoolStats:
     calls: dict[str, int] = field(default_factory=dict)
     last_mode: str = ""
     last_mode_reason: str = ""
+
+    def add_ring(self, ring) -> None:
+        """Takes over what the native ring counted, a CPU ring's or a CUDA ring's."""
+        self.fetches, self.fetched_bytes = ring.fetches, ring.fetched_bytes
+        self.stalls, self.stall_seconds, self.restarts = ring.stalls, ring.stall_seconds, ring.restarts
+        self.repairs, self.pauses = getattr(ring, "repairs", 0), getattr(ring, "pauses", 0)
+        fetch_seconds = getattr(ring, "fetch_seconds", 0.0)  # on CUDA the host does not know it
+        self.link_bytes_per_s = ring.fetched_bytes / fetch_seconds if fetch_seconds > 0 else 0.0
+
+    def add_cas(self, sent, served) -> None:
+        """Takes over what the native requester and server counted."""
+        self.requests_sent, self.rows_sent = sent.requests, sent.rows
+        self.cas_wait_seconds = sent.wait_seconds
+        self.requests_served, self.rows_served = served.requests, served.rows
+        self.batches, self.fused_batches = served.batches, served.fused_batches
+        self.requests_refused = served.refused + served.broken
+        self.requesters_retired, self.server_busy_seconds = served.retired, served.busy_seconds

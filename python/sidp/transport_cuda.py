@@ -18,6 +18,19 @@ logger = logging.getLogger(__name__)
 _PAGE = 4096
 
 
+def choose_device(device) -> torch.device:
+    """The device a pool computes on; None takes the current CUDA device where the build and the machine have one."""
+    with_cuda = getattr(C, "with_cuda", False) and torch.cuda.is_available()
+    chosen = torch.device(("cuda" if with_cuda else "cpu") if device is None else device)
+    if chosen.type == "cuda" and with_cuda:
+        return torch.device("cuda", torch.cuda.current_device() if chosen.index is None else chosen.index)
+    if chosen.type != "cpu":
+        raise ConfigError(
+            f"device={device!r}: this build or machine has the CPU backend only; use device='cpu' or leave it out"
+        )
+    return chosen
+
+
 class _DeviceBuffer:
     """What torch reads an address from; the tensor keeps this object, and this object keeps the memory's owner."""
 

@@ -11,7 +11,7 @@ import argparse
 import os
 import sys
 
-from ..errors import ConfigError
+from .checks import need, plot_target, positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,18 +22,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="SmolLM2-135M-Instruct (converted once into the cache folder), a folder of safetensors, "
         "or a tiny random Llama (default: smollm2)",
     )
-    parser.add_argument("--dp", type=_positive, default=2, metavar="N", help="ranks to start (default: 2)")
+    parser.add_argument("--dp", type=positive, default=2, metavar="N", help="ranks to start (default: 2)")
     parser.add_argument(
         "--prompts", metavar="FILE", help="one prompt a line, or JSONL with 'prompt' (default: HumanEval's)"
     )
     parser.add_argument(
-        "--max-prompts", type=_positive, default=16, metavar="N", help="take the first N prompts (default: 16)"
+        "--max-prompts", type=positive, default=16, metavar="N", help="take the first N prompts (default: 16)"
     )
     parser.add_argument(
-        "--max-new-tokens", type=_positive, default=48, metavar="N", help="at most N tokens an answer (default: 48)"
+        "--max-new-tokens", type=positive, default=48, metavar="N", help="at most N tokens an answer (default: 48)"
     )
     parser.add_argument(
-        "--batch-size", type=_positive, default=8, metavar="N", help="prompts a rank answers at once (default: 8)"
+        "--batch-size", type=positive, default=8, metavar="N", help="prompts a rank answers at once (default: 8)"
     )
     parser.add_argument(
         "--placement",
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--slots",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="slots of the ring that layers are fetched into (default: sidp chooses)",
     )
@@ -56,8 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit code 0, or 1 if a token differs from the unpooled model's."""
-    _need("transformers", "tqdm", *(() if args.json else ("rich",)), *(("matplotlib",) if args.plot else ()))
-    _check_plot_target(args.plot)
+    extras = (*(() if args.json else ("rich",)), *(("matplotlib",) if args.plot else ()))
+    need("demo", "transformers", "tqdm", *extras, install="'sidp[demo]'")
+    plot_target(args.plot)
     # Nothing here may reach for a hub: the ranks inherit these.
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", TOKENIZERS_PARALLELISM="false")
     from ..launch import launch
@@ -125,32 +126,6 @@ class ProgressBars:
         bar.update(progress.tokens)
         if bar.n >= bar.total:
             bar.close()
-
-
-def _positive(text: str) -> int:
-    value = int(text) if text.strip().isdigit() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return value
-
-
-def _need(*modules: str) -> None:
-    from importlib.util import find_spec
-
-    missing = [module for module in modules if find_spec(module) is None]
-    if missing:
-        raise ConfigError(f"sidp demo needs {', '.join(missing)}: pip install 'sidp[demo]'")
-
-
-def _check_plot_target(path: str | None) -> None:
-    """Refuse before the work is done, not after."""
-    if path is None:
-        return
-    folder = os.path.dirname(os.path.abspath(path))
-    if not os.path.isdir(folder):
-        raise ConfigError(f"--plot {path}: the folder {folder} does not exist; create it first")
-    if os.path.splitext(path)[1].lower() not in (".png", ".svg", ".pdf"):
-        raise ConfigError(f"--plot {path}: expected a name ending in .png, .svg or .pdf")
 
 
 def _say(line: str) -> None:

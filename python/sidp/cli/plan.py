@@ -12,9 +12,9 @@ link_bytes_per_s, and if there are any, ffn_times: [{hidden_size, intermediate_s
 from __future__ import annotations
 
 import argparse
-import os
 
 from ..errors import ConfigError
+from .checks import need, plot_target, positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,13 +26,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--gpu", required=True, metavar="h20|h20-141|h100|h200|b200|measured", help="the GPU's kind")
     parser.add_argument("--profile", metavar="FILE.json", help="the measured rates, for --gpu measured")
-    parser.add_argument("--dp", type=_positive, required=True, metavar="N", help="replicas that share the pool")
-    parser.add_argument("--tp", type=_positive, default=1, metavar="N", help="GPUs of a replica (default: 1)")
+    parser.add_argument("--dp", type=positive, required=True, metavar="N", help="replicas that share the pool")
+    parser.add_argument("--tp", type=positive, default=1, metavar="N", help="GPUs of a replica (default: 1)")
     parser.add_argument("--placement", choices=("layer", "striped"), help="plan this placement (default: both)")
-    parser.add_argument("--slots", type=_positive, metavar="N", help="ring slots (default: what sidp would choose)")
+    parser.add_argument("--slots", type=positive, metavar="N", help="ring slots (default: what sidp would choose)")
     parser.add_argument(
         "--seq",
-        type=_positive,
+        type=positive,
         default=1024,
         metavar="N",
         help="tokens of a request, prompt and answer (default: 1024)",
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--batched-tokens",
-        type=_positive,
+        type=positive,
         default=8192,
         metavar="N",
         help="rows of the largest forward, which sizes the activations (default: 8192)",
@@ -68,8 +68,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit code 0, whatever the plan advises."""
-    _need(*(() if args.json else ("rich",)), *(("matplotlib",) if args.plot else ()))
-    _check_plot_target(args.plot)
+    need("plan", *(() if args.json else ("rich",)), *(("matplotlib",) if args.plot else ()))
+    plot_target(args.plot)
     from ..planner.advice import make_plan
     from ..planner.capacity import Deployment
     from ..planner.gpus import load_gpu
@@ -101,29 +101,3 @@ def run(args: argparse.Namespace) -> int:
         if args.plot:
             print(f"drawn: {args.plot}")
     return 0
-
-
-def _positive(text: str) -> int:
-    value = int(text) if text.strip().isdigit() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return value
-
-
-def _need(*modules: str) -> None:
-    from importlib.util import find_spec
-
-    missing = [module for module in modules if find_spec(module) is None]
-    if missing:
-        raise ConfigError(f"sidp plan needs {', '.join(missing)}: pip install {' '.join(missing)}")
-
-
-def _check_plot_target(path: str | None) -> None:
-    """Refuse before the work is done, not after."""
-    if path is None:
-        return
-    folder = os.path.dirname(os.path.abspath(path))
-    if not os.path.isdir(folder):
-        raise ConfigError(f"--plot {path}: the folder {folder} does not exist; create it first")
-    if os.path.splitext(path)[1].lower() not in (".png", ".svg", ".pdf"):
-        raise ConfigError(f"--plot {path}: expected a name ending in .png, .svg or .pdf")

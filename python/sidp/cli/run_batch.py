@@ -15,6 +15,7 @@ import os
 import sys
 
 from ..errors import ConfigError
+from .checks import positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", required=True, metavar="PATH|smollm2|random", help="a folder of safetensors, or a small model"
     )
-    parser.add_argument("--dp", type=_positive, metavar="N", help="ranks to start (default: 2, or torchrun's)")
+    parser.add_argument("--dp", type=positive, metavar="N", help="ranks to start (default: 2, or torchrun's)")
     parser.add_argument("--resume", action="store_true", help="go on with an output that was cut")
     parser.add_argument("--overwrite", action="store_true", help="start over, dropping what the output holds")
     _generation(parser.add_argument_group("where a request does not say"))
@@ -40,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _generation(group) -> None:
     group.add_argument(
-        "--max-tokens", type=_positive, default=256, metavar="N", help="tokens to generate at most (default: 256)"
+        "--max-tokens", type=positive, default=256, metavar="N", help="tokens to generate at most (default: 256)"
     )
     group.add_argument("--temperature", type=float, default=0.0, metavar="T", help="default: 0, the likeliest token")
     group.add_argument("--top-p", type=float, default=1.0, metavar="P", help="default: 1")
@@ -62,8 +63,8 @@ def _engine(group) -> None:
         help="continuous: requests join and leave at every step; grouped: fixed groups, so that greedy tokens do not "
         "depend on timing; padded: for models that neither can run (default: continuous on CUDA, grouped on the CPU)",
     )
-    group.add_argument("--max-batch", type=_positive, metavar="N", help="requests in one batch at most (default: KV's)")
-    group.add_argument("--group-size", type=_positive, default=8, metavar="N", help="requests in a group (default: 8)")
+    group.add_argument("--max-batch", type=positive, metavar="N", help="requests in one batch at most (default: KV's)")
+    group.add_argument("--group-size", type=positive, default=8, metavar="N", help="requests in a group (default: 8)")
     group.add_argument(
         "--kv-memory-gib", type=float, metavar="G", help="KV cache of a rank (default: what is free; 0.5 on the CPU)"
     )
@@ -73,7 +74,7 @@ def _pool(group) -> None:
     group.add_argument("--no-pool", action="store_true", help="every rank keeps all weights, for comparison")
     group.add_argument("--mode", choices=("auto", "was", "cas", "local"), help="default: auto")
     group.add_argument("--placement", choices=("layer", "striped"), help="default: layer")
-    group.add_argument("--slots", type=_positive, metavar="N", help="slots of the ring (default: sidp chooses)")
+    group.add_argument("--slots", type=positive, metavar="N", help="slots of the ring (default: sidp chooses)")
     group.add_argument("--resident-layers", type=int, metavar="N", help="layers that every rank keeps (default: 0)")
 
 
@@ -151,13 +152,6 @@ def _options(args: argparse.Namespace, batch):
         metrics_port=args.metrics_port,
         progress=not args.quiet,
     )
-
-
-def _positive(text: str) -> int:
-    value = int(text) if text.strip().isdigit() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return value
 
 
 def _port(text: str) -> int:

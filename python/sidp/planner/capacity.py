@@ -12,13 +12,12 @@ from .._native import C
 from ..config import PLACEMENTS
 from ..errors import ConfigError
 from ..shares import unit_layout
+from ..slots import choose_slots
 from .gpus import GPU
 from .models import ModelShape
 
 # Sequences whose logits an engine samples at once, at most (vLLM's offline default on large GPUs).
 _SAMPLED = 1024
-# The ring's slots begin at multiples of this (csrc/ffn_cache/ring.cpp).
-_SLOT_ALIGNMENT = 4096
 
 
 @dataclass(frozen=True)
@@ -175,16 +174,12 @@ def pooled(deployment: Deployment, kind: str, slots: int | None = None) -> Memor
             f"owns at least one; use a smaller dp or placement='striped'"
         )
     placement = C.Placement(kind, deployment.layouts, dp)
-    reached = max(sum(not placement.local(layer, rank) for layer in range(layers)) for rank in range(dp))
-    if slots is not None and not 1 <= slots <= reached:
-        raise ConfigError(
-            f"slots={slots} is out of range: a rank reaches {reached} layers remotely, so 1 ... {reached}"
-        )
-    chosen = tuple(slots or C.default_slots(placement, rank) for rank in range(dp))
-    stride = -(-placement.largest_unit_bytes // _SLOT_ALIGNMENT) * _SLOT_ALIGNMENT
-    rings = tuple(count * stride for count in chosen)
+    local = [[placement.local(layer, rank) for layer in range(layers)] for rank in range(dp)]
     shares = tuple(placement.arena_bytes(rank) for rank in range(dp))
-    if slots is None and sum(shares) + sum(chosen) * placement.largest_unit_bytes >= dp * placement.replicated_bytes:
+    chosen, pays = choose_slots(placement, slots, True, local, shares)
+    stride = -(-placement.largest_unit_bytes // C.slot_alignment) * C.slot_alignment
+    rings = tuple(count * stride for count in chosen)
+    if slots is None and not pays:
         reason = "pooling would free nothing: share and ring take as much as the weights"
         return replace(base, kind=kind, reason=reason)
     remote = [_remote_copies(placement, rank, layers) for rank in range(dp)]
@@ -192,7 +187,7 @@ def pooled(deployment: Deployment, kind: str, slots: int | None = None) -> Memor
         base,
         kind=kind,
         active=True,
-        slots=chosen,
+        slots=tuple(chosen),
         ffn_bytes=shares,
         ring_bytes=rings,
         fetched_bytes=tuple(sum(sizes) for sizes in remote),
