@@ -31,12 +31,19 @@ __device__ inline void release_reply(const ServerArguments& args, u32 requester,
   if (region == nullptr) return;
   auto* reply = reinterpret_cast<ReplyRecord*>(
       region + args.geometry.reply(args.rank, slot_of(sequence, args.geometry.slots)));
+#if defined(SIDP_CAS_FAST)
+  store_pair_release_sys(&reply->sequence, Pair{sequence, static_cast<u32>(status) | u64(rows) << 32});
+  reply->batch_rows = batch_rows;  // figures; nobody computes with them, they may come later
+  reply->batch_requests = batch_requests;
+  reply->service_ns = service_ns;
+#else
   reply->status = static_cast<u32>(status);
   reply->rows = rows;
   reply->batch_rows = batch_rows;
   reply->batch_requests = batch_requests;
   reply->service_ns = service_ns;
   store_release_sys(&reply->sequence, sequence);
+#endif
 }
 
 // One warp, once all result rows of the batch have been written and fenced: answers every request, opens the buffers of
@@ -76,6 +83,7 @@ struct Control {
   u32 polls;
   bool reads;  // this lane has a requester, not retired, not broken
   bool stop;
+  bool worked;  // in this launch
 };
 
 __device__ inline Control begin_control(const ServerArguments& args) {
@@ -147,6 +155,25 @@ __device__ inline bool waiting_request(const ServerArguments& args, Control& con
   return head_request(args, control, layer, rows);
 }
 
+// The weight loaders of all CTAs start on this; everybody else waits for the whole batch.
+__device__ inline void publish_headline(const ServerArguments& args, const Headline& line) {
+  store_pair_relaxed_gpu(&args.state->headline[line.id % 2], Pair{line.id | u64(static_cast<u32>(line.kind)) << 32,
+                                                                  line.layer | u64(line.rows) << 32});
+}
+
+__device__ inline Headline wait_headline(const ServerArguments& args, u32 id) {
+  Pair pair = {};
+  if (!spin_until(
+          [&] {
+            pair = load_pair_relaxed_gpu(&args.state->headline[id % 2]);
+            return static_cast<u32>(pair.first) == id;
+          },
+          args.run_ns + 2 * args.stall_ns))
+    fail(args, ServerFault::kBoard, id);
+  return Headline{id, static_cast<BatchKind>(pair.first >> 32), static_cast<u32>(pair.second),
+                  static_cast<u32>(pair.second >> 32)};
+}
+
 // Fills `batch` with the waiting requests for one unit; false where nothing waits.
 __device__ inline bool elect(const ServerArguments& args, Control& control, Batch* batch, u32 id) {
   const u32 lane = threadIdx.x % 32;
@@ -182,6 +209,9 @@ __device__ inline bool elect(const ServerArguments& args, Control& control, Batc
       waiting = head_request(args, control, layer, rows);
     }
   }
+#if defined(SIDP_CAS_FAST)
+  if (lane == 0) publish_headline(args, Headline{id, BatchKind::kWork, unit, total});
+#endif
   if (lane == 0) {
     batch->id = id;
     batch->kind = BatchKind::kWork;
@@ -217,12 +247,17 @@ __device__ inline void publish_batch(const ServerArguments& args, Control& contr
     const u64 now = __shfl_sync(kAllLanes, now_ns(), 0);
     const bool over = control.stop || now - control.started_ns > args.run_ns;
     work = !over && elect(args, control, batch, id);
-    if (work) control.active_ns = now;
-    if (work || over || now - control.active_ns > args.idle_ns) break;
+    if (work) {
+      control.active_ns = now;
+      control.worked = true;
+    }
+    // Without work at the start the launch followed a watch that ended by its bound: it would hold its SMs for nothing.
+    if (work || over || !control.worked || now - control.active_ns > args.idle_ns) break;
   }
   if (!work) {
     wait_completed(args, id - 1);
     if (lane == 0) {
+      publish_headline(args, Headline{id, BatchKind::kExit, 0, 0});
       batch->id = id;
       batch->kind = BatchKind::kExit;
       batch->rows = batch->requests = 0;

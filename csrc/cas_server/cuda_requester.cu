@@ -27,6 +27,7 @@ __device__ Fault wait_bounded(const RequesterArguments& args, Condition conditio
   const volatile RequesterHostWords* host = args.host;
   const u64 start = now_ns();
   while (true) {
+#pragma unroll 1
     for (int i = 0; i < 256; ++i)
       if (condition()) return Fault::kNone;
     if (host->abort != 0) return Fault::kAborted;
@@ -45,6 +46,122 @@ __device__ bool aligned16(const void* pointer, u64 pitch, u32 row_bytes) {
   return ((reinterpret_cast<u64>(pointer) | pitch | row_bytes) & 15) == 0;
 }
 
+#if defined(SIDP_CAS_FAST)
+// Rows of `row_bytes` between matrices of different pitch, by all CTAs of blockIdx.x. The first loads from `source()` are on
+// their way while `allowed()` (which meets the whole CTA) waits for leave to write; only then is `target()` asked for. False
+// where leave was refused. The caller's matrix is `user`; the mailbox's rows lie on 128 bytes.
+template <typename Source, typename Allowed, typename Target>
+__device__ bool copy_rows(const RowsArgument& user, u64 target_pitch, u64 source_pitch, u32 row_bytes, Source source,
+                          Allowed allowed, Target target) {
+  const u32 first = blockIdx.x * blockDim.x + threadIdx.x, threads = gridDim.x * blockDim.x, rows = user.count;
+  if (!aligned16(user.rows, user.pitch_bytes, row_bytes)) {
+    if (!allowed()) return false;
+    const u32 units = row_bytes / 2;
+    for (u32 i = first; i < rows * units; i += threads) {
+      const u32 row = i / units, unit = i - row * units;
+      const volatile u16* from = reinterpret_cast<const volatile u16*>(source() + row * source_pitch);
+      reinterpret_cast<u16*>(target() + row * target_pitch)[unit] = from[unit];
+    }
+    return true;
+  }
+  const u32 units = row_bytes / 16, all = rows * units;
+  uint4 held[kCopyUnitsPerThread];
+  auto load = [&](u32 from) {
+#pragma unroll
+    for (u32 k = 0; k < kCopyUnitsPerThread; ++k) {
+      const u32 i = from + k * threads, row = i / units;
+      if (i < all) held[k] = __ldcg(reinterpret_cast<const uint4*>(source() + row * source_pitch) + (i - row * units));
+    }
+  };
+  load(first);
+  if (!allowed()) return false;
+  std::uint8_t* to = target();
+  for (u32 from = first; from < all; from += kCopyUnitsPerThread * threads) {
+    if (from != first) load(from);
+#pragma unroll
+    for (u32 k = 0; k < kCopyUnitsPerThread; ++k) {
+      const u32 i = from + k * threads, row = i / units;
+      if (i < all) reinterpret_cast<uint4*>(to + row * target_pitch)[i - row * units] = held[k];
+    }
+  }
+  return true;
+}
+
+// blockIdx.y: one owner each.
+__global__ void __launch_bounds__(kCopyThreads) push_rows(const __grid_constant__ RequesterArguments args,
+                                                          const __grid_constant__ RowsArgument rows, u16 flags) {
+  follow_predecessor();
+  const u32 owner = rows.first_owner + blockIdx.y;
+  RequesterState& state = args.states[owner];
+  std::uint8_t* region = args.owner_region[owner];
+  const u64 pushed = *const_cast<const volatile u64*>(&state.pushed);
+  const u32 slots = args.geometry.slots;
+  auto slot_free = [&] {  // R1
+    bool free = true;
+    if (threadIdx.x == 0) {
+      const Fault fault =
+          wait_bounded(args, [&] { return slot_is_free(pushed + 1, load_acquire_sys(&state.consumed), slots); });
+      free = fault == Fault::kNone;
+      if (!free) report(args, fault, 0, owner, pushed + 1);
+    }
+    return __syncthreads_and(free) != 0;
+  };
+  if (!copy_rows(
+          rows, args.geometry.row_bytes, rows.pitch_bytes, args.hidden * 2,
+          [&] { return static_cast<const std::uint8_t*>(rows.rows); }, slot_free,
+          [&] { return region + args.geometry.request_rows(args.rank, slot_of(pushed + 1, slots)); }))  // R2
+    return;
+  const u64 sequence = pushed + 1;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  if (gridDim.x > 1) {
+    fence_sys();
+    if (add_relaxed_gpu(&state.push_arrivals, 1) != gridDim.x - 1) return;  // R4's release is the fence behind it
+    state.push_arrivals = 0;
+  }
+  auto* record = reinterpret_cast<uint4*>(region + args.geometry.request(args.rank, slot_of(sequence, slots)));  // R3
+  union {
+    uint4 words[2];
+    RequestRecord record;
+  } copy = {};
+  copy.record.sequence = sequence;
+  copy.record.pool_id = args.pool_id;
+  copy.record.layer = rows.layer;
+  copy.record.rows = rows.count;
+  copy.record.hidden = args.hidden;
+  copy.record.dtype = static_cast<u16>(args.dtype);
+  copy.record.flags = flags;
+  record[0] = copy.words[0];
+  record[1] = copy.words[1];
+  state.pushed = sequence;
+  store_release_sys(reinterpret_cast<u64*>(region + args.geometry.tail(args.rank)), sequence);  // R4
+}
+
+// What one thread waits for: the reply of one owner.
+struct Expected {
+  u32 owner;
+  u64 sequence;
+  Fault fault;
+  u32 status;
+};
+
+// R5: the reply's sequence, status and rows are written as one and read as one.
+__device__ Expected wait_reply(const RequesterArguments& args, u32 owner, u32 rows) {
+  const u64 sequence = *const_cast<const volatile u64*>(&args.states[owner].consumed) + 1;
+  const void* reply = args.region + args.geometry.reply(owner, slot_of(sequence, args.geometry.slots));
+  Pair pair = {};
+  Fault fault = wait_bounded(args, [&] {
+    pair = load_pair_acquire_sys(reply);
+    return pair.first >= sequence;
+  });
+  const u32 status = static_cast<u32>(pair.second), answered = static_cast<u32>(pair.second >> 32);
+  if (fault == Fault::kNone && pair.first != sequence) fault = Fault::kSequence;
+  if (fault == Fault::kNone && status != static_cast<u32>(Status::kOk)) fault = Fault::kRefused;
+  if (fault == Fault::kNone && answered != rows) fault = Fault::kSequence;
+  return Expected{owner, sequence, fault, status};
+}
+
+#else
 // Rows of `row_bytes` between matrices of different pitch, by all CTAs of blockIdx.x. The first loads are on their way
 // while `allowed()` (which meets the whole CTA) waits for leave to write; false where it was refused.
 template <typename Allowed>
@@ -153,10 +270,11 @@ __device__ bool reply_fits(const RequesterArguments& args, const Expected& expec
   if (fault != Fault::kNone) report(args, fault, status, expected.owner, expected.sequence);
   return fault == Fault::kNone;
 }
+#endif
 
 template <typename T>
 __device__ void sum_rows(const RequesterArguments& args, const RowsArgument& rows, const std::uint8_t* const* replies) {
-  const u32 first = blockIdx.x * kCopyThreads + threadIdx.x, threads = gridDim.x * kCopyThreads;
+  const u32 first = blockIdx.x * blockDim.x + threadIdx.x, threads = gridDim.x * blockDim.x;
   for (u32 i = first; i < rows.count * args.hidden; i += threads) {
     const u32 row = i / args.hidden, column = i - row * args.hidden;
     float sum = 0.0f;
@@ -170,6 +288,24 @@ __global__ void __launch_bounds__(kCopyThreads) wait_rows(const __grid_constant_
                                                           const __grid_constant__ RowsArgument rows, bool striped) {
   __shared__ const std::uint8_t* replies[kMaxWorld];
   follow_predecessor();
+#if defined(SIDP_CAS_FAST)
+  Expected expected = {};
+  const bool waits = threadIdx.x < rows.owners;
+  if (waits) {
+    expected = wait_reply(args, rows.first_owner + threadIdx.x, rows.count);
+    replies[threadIdx.x] = args.region + args.geometry.reply_rows(
+                                             expected.owner, slot_of(expected.sequence, args.geometry.slots));
+  }
+  if (!__syncthreads_and(expected.fault == Fault::kNone)) {
+    if (waits && expected.fault != Fault::kNone)
+      report(args, expected.fault, expected.status, expected.owner, expected.sequence);
+    return;
+  }
+  if (!striped) {  // R6
+    copy_rows(
+        rows, rows.pitch_bytes, args.geometry.reply_row_bytes, args.hidden * 2, [&] { return replies[0]; },
+        [] { return true; }, [&] { return static_cast<std::uint8_t*>(rows.rows); });
+#else
   Expected expected = {};
   const bool waits = threadIdx.x < rows.owners;
   if (waits) {
@@ -186,8 +322,11 @@ __global__ void __launch_bounds__(kCopyThreads) wait_rows(const __grid_constant_
     if (!copy_rows(static_cast<std::uint8_t*>(rows.rows), rows.pitch_bytes, replies[0], args.geometry.reply_row_bytes,
                    rows.count, args.hidden * 2, all_fit))
       return;
+#endif
   } else {
+#if !defined(SIDP_CAS_FAST)
     if (!all_fit()) return;
+#endif
     if (args.dtype == Dtype::kFloat16)
       sum_rows<__half>(args, rows, replies);
     else
@@ -212,6 +351,9 @@ u32 copy_ctas(u64 bytes) {
   return static_cast<u32>(ctas < 1 ? 1 : ctas > kMaxCopyCtas ? kMaxCopyCtas : ctas);
 }
 
+// A small CTA starts sooner.
+u32 copy_threads(u64 bytes) { return bytes <= u64(256) * kCopyUnitsPerThread * 16 ? 256 : kCopyThreads; }
+
 }  // namespace
 
 cudaError_t preload_requester_kernels() {
@@ -223,13 +365,18 @@ cudaError_t preload_requester_kernels() {
 namespace {
 
 template <typename... Parameters, typename... Values>
-cudaError_t launch_following(void (*kernel)(Parameters...), dim3 grid, cudaStream_t stream, Values... values) {
+cudaError_t launch_following(void (*kernel)(Parameters...), dim3 grid, u32 threads, cudaStream_t stream,
+                             Values... values) {
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
+#if defined(SIDP_CAS_FAST)
+  config.blockDim = dim3(threads);
+#else
   config.blockDim = dim3(kCopyThreads);
+#endif
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = 1;
@@ -239,13 +386,13 @@ cudaError_t launch_following(void (*kernel)(Parameters...), dim3 grid, cudaStrea
 }  // namespace
 
 cudaError_t launch_push(const RequesterArguments& arguments, const RowsArgument& rows, bool striped, cudaStream_t stream) {
-  const dim3 grid(copy_ctas(u64(rows.count) * arguments.hidden * 2), rows.owners);
-  return launch_following(push_rows, grid, stream, arguments, rows, u16(striped ? kReplyFloat32 : 0));
+  const u64 bytes = u64(rows.count) * arguments.hidden * 2;
+  return launch_following(push_rows, dim3(copy_ctas(bytes), rows.owners), copy_threads(bytes), stream, arguments, rows, u16(striped ? kReplyFloat32 : 0));
 }
 
 cudaError_t launch_wait(const RequesterArguments& arguments, const RowsArgument& rows, bool striped, cudaStream_t stream) {
-  const u32 ctas = copy_ctas(u64(rows.count) * arguments.hidden * (striped ? 4 * rows.owners : 2));
-  return launch_following(wait_rows, dim3(ctas), stream, arguments, rows, striped);
+  const u64 bytes = u64(rows.count) * arguments.hidden * (striped ? 4 * rows.owners : 2);
+  return launch_following(wait_rows, dim3(copy_ctas(bytes)), copy_threads(bytes), stream, arguments, rows, striped);
 }
 
 }  // namespace cas

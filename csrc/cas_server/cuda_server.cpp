@@ -66,7 +66,7 @@ CudaServer::CudaServer(const CudaServerConfig& config, const Geometry& geometry,
   state_ = DeviceMemory(sizeof(ServerState));
   gathered_ = DeviceMemory(2 * gathered_bytes);
   inner_ = DeviceMemory(2 * inner_stride * kMaxBatchRows);
-  partials_ = DeviceMemory(path_ == ServePath::kSm90 ? std::size_t(4) * config.sms * kTileRows * kMaxBatchRows * 4 : 4);
+  partials_ = DeviceMemory(path_ == ServePath::kSm90 ? std::size_t(5) * config.sms * kTileRows * kMaxBatchRows * 4 : 4);
   flags_ = DeviceMemory(std::size_t(4) * config.sms * 2 * sizeof(std::uint32_t));
   host_memory_ = MappedHostMemory(sizeof(ServerHostWords));
   units_.resize(config.layers);

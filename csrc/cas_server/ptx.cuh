@@ -49,6 +49,43 @@ __device__ inline u32 add_acq_rel_gpu(u32* word, u32 value) {
   return before;
 }
 
+// Orders this thread's accesses, and what it has observed, before its later ones, for all of the system; less than
+// __threadfence_system(), which is sequentially consistent.
+__device__ inline void fence_sys() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
+__device__ inline u32 add_relaxed_gpu(u32* word, u32 value) {
+  u32 before;
+  asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(word), "r"(value) : "memory");
+  return before;
+}
+
+// 16 bytes that are read and written as one.
+struct alignas(16) Pair {
+  u64 first;
+  u64 second;
+};
+#define SIDP_PAIR_LOAD(NAME, ORDER)                                                                            \
+  __device__ inline Pair NAME(const void* at) {                                                                \
+    Pair value;                                                                                                \
+    asm volatile("{\n.reg .b128 pair;\nld." ORDER ".global.b128 pair, [%2];\nmov.b128 {%0, %1}, pair;\n}"      \
+                 : "=l"(value.first), "=l"(value.second)                                                       \
+                 : "l"(at)                                                                                     \
+                 : "memory");                                                                                  \
+    return value;                                                                                              \
+  }
+#define SIDP_PAIR_STORE(NAME, ORDER)                                                                           \
+  __device__ inline void NAME(void* at, Pair value) {                                                          \
+    asm volatile("{\n.reg .b128 pair;\nmov.b128 pair, {%1, %2};\nst." ORDER ".global.b128 [%0], pair;\n}" ::"l"( \
+                     at),                                                                                      \
+                 "l"(value.first), "l"(value.second)                                                           \
+                 : "memory");                                                                                  \
+  }
+SIDP_PAIR_LOAD(load_pair_acquire_sys, "acquire.sys")
+SIDP_PAIR_LOAD(load_pair_relaxed_gpu, "relaxed.gpu")
+SIDP_PAIR_STORE(store_pair_release_sys, "release.sys")
+SIDP_PAIR_STORE(store_pair_relaxed_gpu, "relaxed.gpu")
+#undef SIDP_PAIR_LOAD
+#undef SIDP_PAIR_STORE
+
 // Nanoseconds of a clock that all kernels of the device share; ticks coarsely (up to about 1 us).
 __device__ inline u64 now_ns() {
   u64 value;
@@ -62,6 +99,7 @@ __device__ inline bool spin_until(Condition condition, u64 bound_ns) {
   if (condition()) return true;
   const u64 start = now_ns();
   while (true) {
+#pragma unroll 1
     for (int i = 0; i < 64; ++i)
       if (condition()) return true;
     if (now_ns() - start > bound_ns) return false;

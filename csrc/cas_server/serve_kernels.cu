@@ -73,3 +73,10 @@ cudaError_t launch_watch(const ServerArguments& arguments, std::uint64_t bound_n
 
 }  // namespace cas
 }  // namespace sidp
+
+#if defined(SIDP_CAS_TRACE)
+// For bench/cas_kernel.py: the marks of all CTAs' last batch, [kTracedCtas][Mark::kCount]. Returns a cudaError_t.
+extern "C" int sidp_cas_trace(std::uint64_t* out) {
+  return cudaMemcpyFromSymbol(out, sidp::cas::trace_marks, sizeof(sidp::cas::trace_marks));
+}
+#endif

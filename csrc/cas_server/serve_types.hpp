@@ -73,6 +73,15 @@ struct alignas(16) Batch {
 };
 static_assert(sizeof(Batch) == 32 + 16 * kMaxBatchRequests, "batch");
 
+// What the weight loaders of all CTAs need to start on a batch; 16 bytes that are published as one, ahead of the batch
+// itself. Batch number b lies on entry b mod 2.
+struct alignas(128) Headline {
+  std::uint32_t id;
+  BatchKind kind;
+  std::uint32_t layer;
+  std::uint32_t rows;
+};
+
 struct ServerCounters {
   std::uint64_t batches;
   std::uint64_t requests;
@@ -94,6 +103,7 @@ struct ServerState {
     alignas(128) std::uint32_t finished;  // warpgroups that have written all their results
   } progress[2];                          // by parity of the batch number; back to 0 when the batch is complete
   alignas(128) Batch board[2];
+  Headline headline[2];
   alignas(128) std::uint64_t served[kMaxWorld];  // per requester: last request elected or refused
   std::uint32_t broken;                          // bit per requester: the tail was nonsense, not read again
   std::uint32_t turn;                            // the requester that has the first choice
@@ -138,7 +148,7 @@ struct ServerArguments {
   std::uint8_t* gathered[2];  // [kMaxBatchRows, hidden]
   std::uint8_t* inner[2];     // [kMaxBatchRows, inner_stride bytes]
   std::uint64_t inner_stride;
-  float* partials;              // [2 parities][2 phases][ctas][256 x kMaxBatchRows]
+  float* partials;              // [2 parities][2 phases][ctas][256 x kMaxBatchRows], then [ctas] of them: a CTA's own
   std::uint32_t* partial_flags;  // [2][2][ctas][2 warpgroups]: number of the batch whose partial sum lies there
   std::uint64_t idle_ns;
   std::uint64_t run_ns;

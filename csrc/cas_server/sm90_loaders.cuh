@@ -13,18 +13,21 @@ namespace cas {
 // Before stages change their size every stage must have been emptied; `position` then starts again at stage 0.
 __device__ inline void change_width(const ServerArguments& args, SharedState& shared, RingPosition& position) {
   for (position.stage = 0; position.stage < kMaxStages; ++position.stage)
-    wait_barrier(args, &shared.empty[position.stage], position.parity() ^ 1, ServerFault::kRing, args.stall_ns);
+    for (u32 box = 0; box < kParts; ++box)
+      wait_barrier(args, &shared.empty[part_of(position.stage, box)], position.parity() ^ 1, ServerFault::kRing,
+                   args.stall_ns);
   position.stage = 0;
 }
 
-// Calls use(stage, tile, depth) for each stage of this CTA's share of a phase, once the stage is empty.
+// Calls use(stage, tile, depth) for each stage of this CTA's share of a phase, once the part of `box` is empty.
 template <typename Use>
 __device__ inline void for_each_stage(const ServerArguments& args, SharedState& shared, RingPosition& position,
-                                      u32 stages, Phase phase, Use use) {
+                                      u32 stages, Phase phase, u32 box, Use use) {
   const u32 begin = share_begin(phase, blockIdx.x), end = share_begin(phase, blockIdx.x + 1);
   u32 tile = begin / phase.depth, depth = begin % phase.depth;
   for (u32 at = begin; at < end; ++at) {
-    wait_barrier(args, &shared.empty[position.stage], position.parity() ^ 1, ServerFault::kRing, args.stall_ns);
+    wait_barrier(args, &shared.empty[part_of(position.stage, box)], position.parity() ^ 1, ServerFault::kRing,
+                 args.stall_ns);
     use(position.stage, tile, depth);
     position.advance(stages);
     if (++depth == phase.depth) {
@@ -40,7 +43,11 @@ __device__ inline void load_weights(const ServerArguments& args, SharedState& sh
   RingPosition position;
   u32 width = 0;
   for (u32 id = first;; ++id) {
+#if defined(SIDP_CAS_FAST)
+    const Headline batch = wait_headline(args, id);
+#else
     const Batch& batch = wait_batch(args, shared, id, first).batch;
+#endif
     if (batch.kind == BatchKind::kExit) break;
     const UnitRecord& unit = args.units[batch.layer];
     const u32 new_width = width_of(width_index(batch.rows));
@@ -52,14 +59,19 @@ __device__ inline void load_weights(const ServerArguments& args, SharedState& sh
       const bool pair = phase == 0 && unit.gate_weights != nullptr;  // the boxes are of two matrices
       const u32 tile_rows = pair ? kBoxRows : kTileRows;
       const u32 first_row = pair ? 0 : box * kBoxRows, matrix = pair ? box : 0;
-      for_each_stage(args, shared, position, stages_of(width), phase_of(unit, phase), [&](u32 stage, u32 tile, u32 depth) {
-        barrier_arrive_expect(&shared.full[stage], kBoxBytes);
-        copy_box(map, &shared.full[stage], ring + stage * kWeightBytes + box * kBoxBytes, depth * kBoxColumns,
+      const Phase shape = phase_of(unit, phase);
+      for_each_stage(args, shared, position, stages_of(width), shape, box, [&](u32 stage, u32 tile, u32 depth) {
+        u64* full = &shared.full[part_of(stage, box)];
+        barrier_arrive_expect(full, kBoxBytes);
+        copy_box(map, full, ring + stage * kWeightBytes + box * kBoxBytes, depth * kBoxColumns,
                  tile * tile_rows + first_row, matrix, kEvictFirst);
+        if (phase == 0 && box == 0 && tile * shape.depth + depth == share_begin(shape, blockIdx.x)) trace(Mark::kIssued);
       });
     }
     if (box == 0) barrier_arrive(&shared.issued);
+#if !defined(SIDP_CAS_FAST)
     barrier_arrive(&shared.batch_empty[id % 2]);
+#endif
   }
 }
 
@@ -89,14 +101,16 @@ __device__ inline void load_activations(const ServerArguments& args, SharedState
       if (phase == 1) {
         if (!spin_until([&] { return load_acquire_gpu(&progress.inner) == kMultipliers * gridDim.x; }, args.stall_ns))
           fail(args, ServerFault::kInner, progress.inner);
+        trace(Mark::kInnerSeen);
       } else if (batch.requests > 1) {
         if (!spin_until([&] { return load_acquire_gpu(&progress.gathered) == kMultipliers * gridDim.x; }, args.stall_ns))
           fail(args, ServerFault::kGather, progress.gathered);
       }
       fence_async_proxy();
-      for_each_stage(args, shared, position, stages, phase_of(unit, phase), [&](u32 stage, u32, u32 depth) {
-        barrier_arrive_expect(&shared.full[stage], bytes);
-        copy_box(map, &shared.full[stage], targets + stage * bytes, depth * kBoxColumns, row, kEvictLast);
+      for_each_stage(args, shared, position, stages, phase_of(unit, phase), 1, [&](u32 stage, u32, u32 depth) {
+        u64* full = &shared.full[part_of(stage, 0)];
+        barrier_arrive_expect(full, bytes);
+        copy_box(map, full, targets + stage * bytes, depth * kBoxColumns, row, kEvictLast);
       });
     }
     barrier_arrive(&shared.batch_empty[parity]);
@@ -116,6 +130,10 @@ __device__ inline void herald(const ServerArguments& args, SharedState& shared, 
                     [&] { return id == first || barrier_try_wait(&shared.issued, (id - 1 - first) & 1); });
     }
     receive_batch(args, id, shared.batch[parity]);
+    if (lane == 0 && shared.batch[parity].batch.kind == BatchKind::kWork) {
+      trace(Mark::kReceived);
+      trace_clock(Mark::kClockFirst);
+    }
     const bool exits = shared.batch[parity].batch.kind == BatchKind::kExit;
     barrier_arrive(&shared.batch_full[parity]);
     if (exits) {

@@ -1,9 +1,10 @@
 // sm_90a serving kernel: the multiplying warpgroups. Warpgroup g multiplies rows 64 g .. 64 g + 63 of both boxes of a
 // stage with the activations: in the first phase of a gated FFN these are the same rows of gate and up, so that the
-// activation needs nobody else.
+// activation needs nobody else. All of it must be inlined: where ptxas sees a call it waits after every single wgmma.
 #pragma once
 
 #include "activation.cuh"
+#include "mma_sync.cuh"
 #include "sm90_shared.cuh"
 
 #if defined(SIDP_SM90A)
@@ -32,8 +33,30 @@ struct Multiplier {
 // that the multiplications follow each other closely. Many rows: it is handed back at once, since there the ring has fewer
 // stages and the other warpgroup fills the gap. Both measured the other way round: slower.
 template <typename T, int N>
-__device__ inline void multiply(const ServerArguments& args, SharedState& shared, Multiplier& me, u32 stages,
+__device__ __forceinline__ void multiply(const ServerArguments& args, SharedState& shared, Multiplier& me, u32 stages,
                                 Accumulators<N>& sums) {
+#if defined(SIDP_CAS_HALVES)
+  constexpr bool kOverlap = N <= 32 || SIDP_CAS_HALVES > 1;
+  u32 previous = 0;
+  for (u32 i = 0; i < stages; ++i) {
+    const u32 stage = me.position.stage;
+    const u64 rows = tile_descriptor(me.ring + stages_of(N) * kWeightBytes + stage * N * 128);
+#pragma unroll
+    for (u32 box = 0; box < 2; ++box) {
+      wait_barrier(args, &shared.full[part_of(stage, box)], me.position.parity(), ServerFault::kRing, args.stall_ns);
+      const u64 weights = tile_descriptor(me.ring + stage * kWeightBytes + box * kBoxBytes + me.group * 64 * 128);
+      wgmma_fence();
+#pragma unroll
+      for (u32 k = 0; k < kBoxColumns / 16; ++k) Wgmma<T, N>::add(sums[box], weights + 2 * k, rows + 2 * k);
+      wgmma_commit();
+      wgmma_wait<kOverlap ? 1 : 0>();
+      if (me.lane == 0 && (!kOverlap || i + box > 0))
+        barrier_arrive(&shared.empty[kOverlap ? previous : part_of(stage, box)]);
+      previous = part_of(stage, box);
+    }
+    me.position.advance(stages_of(N));
+  }
+#else
   constexpr bool kOverlap = N <= 32;
   u32 previous = 0;
   for (u32 i = 0; i < stages; ++i) {
@@ -54,9 +77,83 @@ __device__ inline void multiply(const ServerArguments& args, SharedState& shared
     previous = stage;
     me.position.advance(stages_of(N));
   }
+#endif
   wgmma_wait<0>();
   if (kOverlap && me.lane == 0) barrier_arrive(&shared.empty[previous]);
 }
+
+#if defined(SIDP_CAS_LDMATRIX)
+// What a warp multiplies of one stage: 16 rows of both boxes and all N rows of activations, 64 columns.
+template <int N>
+struct Fragments {
+  u32 weights[2][kBoxColumns / 16][4];
+  u32 rows[N / 8][kBoxColumns / 32][4];
+};
+
+// The 16-byte unit `unit` of row `row` in a box with the 128-byte swizzle, as a byte offset.
+__device__ inline u32 swizzled(u32 row, u32 unit) { return row * 128 + ((unit ^ row % 8) << 4); }
+
+template <int N>
+__device__ __forceinline__ void load_fragments(const ServerArguments& args, SharedState& shared, const Multiplier& me,
+                                      Fragments<N>& to) {
+  const u32 stage = me.position.stage;
+  wait_barrier(args, &shared.full[part_of(stage, 0)], me.position.parity(), ServerFault::kRing, args.stall_ns);
+  const u32 box = me.ring + stage * kWeightBytes, row = me.group * 64 + me.thread / 32 * 16 + me.lane % 16;
+  const u32 activations = me.ring + stages_of(N) * kWeightBytes + stage * N * 128;
+#pragma unroll
+  for (u32 half = 0; half < kBoxColumns / 32; ++half)
+#pragma unroll
+    for (u32 j = 0; j < N / 8; ++j)
+      load_matrices(to.rows[j][half], activations + swizzled(8 * j + me.lane % 8, 4 * half + me.lane / 8));
+#pragma unroll
+  for (u32 k = 0; k < kBoxColumns / 16; ++k) load_matrices(to.weights[0][k], box + swizzled(row, 2 * k + me.lane / 16));
+  if (kParts > 1)
+    wait_barrier(args, &shared.full[part_of(stage, 1)], me.position.parity(), ServerFault::kRing, args.stall_ns);
+#pragma unroll
+  for (u32 k = 0; k < kBoxColumns / 16; ++k)
+    load_matrices(to.weights[1][k], box + kBoxBytes + swizzled(row, 2 * k + me.lane / 16));
+  if (kParts > 1) {
+    __syncwarp();
+    if (me.lane == 0) barrier_arrive(&shared.empty[part_of(stage, 0)]);
+  }
+}
+
+template <typename T, int N>
+__device__ __forceinline__ void multiply_fragments(const Fragments<N>& f, Accumulators<N>& sums) {
+#pragma unroll
+  for (u32 k = 0; k < kBoxColumns / 16; ++k)
+#pragma unroll
+    for (u32 j = 0; j < N / 8; ++j)
+#pragma unroll
+      for (u32 box = 0; box < 2; ++box)
+        mma_16x8x16(T(), &sums[box][4 * j], f.weights[box][k], f.rows[j][k / 2][k % 2 * 2], f.rows[j][k / 2][k % 2 * 2 + 1]);
+}
+
+// The same as multiply() for few rows. While a stage's fragments are on their way the previous ones are multiplied; then the
+// stage, which nobody needs any more, is handed back.
+template <typename T, int N>
+__device__ __forceinline__ void multiply_registers(const ServerArguments& args, SharedState& shared, Multiplier& me, u32 stages,
+                                          Accumulators<N>& sums) {
+  auto hand_back = [&] {
+    __syncwarp();
+    if (me.lane == 0) barrier_arrive(&shared.empty[part_of(me.position.stage, 1)]);
+    me.position.advance(stages_of(N));
+  };
+  Fragments<N> even, odd;
+  load_fragments<N>(args, shared, me, even);
+  hand_back();
+  for (u32 left = stages - 1;; left -= 2) {
+    if (left == 0) return multiply_fragments<T, N>(even, sums);
+    load_fragments<N>(args, shared, me, odd);
+    multiply_fragments<T, N>(even, sums);
+    hand_back();
+    if (left == 1) return multiply_fragments<T, N>(odd, sums);
+    load_fragments<N>(args, shared, me, even);
+    multiply_fragments<T, N>(odd, sums);
+    hand_back();
+  }
+}
+#endif
 
 // --- tiles that are split over CTAs ---
 
@@ -70,7 +167,7 @@ __device__ inline u32* partial_flag_of(const ServerArguments& args, u32 parity, 
 
 // The end of a tile, whose beginning another CTA sums up.
 template <int N>
-__device__ inline void store_partial(const ServerArguments& args, const Multiplier& me, u32 id, u32 phase,
+__device__ __forceinline__ void store_partial(const ServerArguments& args, const Multiplier& me, u32 id, u32 phase,
                                      const Accumulators<N>& sums) {
   float4* target = partial_of(args, id % 2, phase, blockIdx.x) + me.group * 128 + me.thread;
 #pragma unroll
@@ -84,7 +181,7 @@ __device__ inline void store_partial(const ServerArguments& args, const Multipli
 
 // Adds what the following CTAs computed of this tile, in their order, until its depth is covered.
 template <int N>
-__device__ inline void add_partials(const ServerArguments& args, const Multiplier& me, u32 id, u32 phase, Phase shape,
+__device__ __forceinline__ void add_partials(const ServerArguments& args, const Multiplier& me, u32 id, u32 phase, Phase shape,
                                     u32 tile, Accumulators<N>& sums) {
   const u32 tile_end = (tile + 1) * shape.depth;
   for (u32 cta = blockIdx.x + 1; share_begin(shape, cta) < tile_end; ++cta) {
@@ -110,29 +207,133 @@ __device__ inline void add_partials(const ServerArguments& args, const Multiplie
 
 // --- results ---
 
-// Writes value(r, j, e), weight row first + row(r), activation row 8 j + 2 (lane % 4) + e, as 16-bit numbers, two
-// neighbouring weight rows in one store: the neighbour's is 4 lanes away, even lanes take e = 0 and odd ones e = 1.
-template <typename T, int N, typename Value, typename Address>
-__device__ inline void write_pairs(const Multiplier& me, u32 first, u32 limit, u32 rows, Value value, Address address) {
+// Writes v0 and v1, which belong to weight row first + row(r) and activation rows 8 j + 2 (lane % 4) + 0 and 1, as 16-bit
+// numbers, two neighbouring weight rows in one store: the neighbour's is 4 lanes away, even lanes take the first row and odd
+// ones the second.
+template <typename T, typename Address>
+__device__ __forceinline__ void write_pair(const Multiplier& me, u32 first, u32 limit, u32 rows, u32 r, u32 j, float v0, float v1,
+                                  Address address) {
   const bool odd = me.lane / 4 % 2 != 0;
+  const u32 column = first + me.row(r) - (odd ? 1 : 0);
+  const float other = __shfl_xor_sync(kAllLanes, odd ? v0 : v1, 4);
+  const u32 row = 8 * j + me.lane % 4 * 2 + (odd ? 1 : 0);
+  if (row < rows && column < limit)
+    *reinterpret_cast<u32*>(address(row) + std::size_t(column) * 2) = odd ? pack<T>(other, v1) : pack<T>(v0, other);
+}
+
+// The same for all values(r, j, e) of a box.
+template <typename T, int N, typename Value, typename Address>
+__device__ __forceinline__ void write_pairs(const Multiplier& me, u32 first, u32 limit, u32 rows, Value value, Address address) {
 #pragma unroll
-  for (u32 r = 0; r < 2; ++r) {
-    const u32 column = first + me.row(r) - (odd ? 1 : 0);
+  for (u32 r = 0; r < 2; ++r)
 #pragma unroll
-    for (u32 j = 0; j < N / 8; ++j) {
-      const float own[2] = {value(r, j, 0), value(r, j, 1)};
-      const float other = __shfl_xor_sync(kAllLanes, odd ? own[0] : own[1], 4);
-      const u32 row = 8 * j + me.lane % 4 * 2 + (odd ? 1 : 0);
-      if (row < rows && column < limit)
-        *reinterpret_cast<u32*>(address(row) + std::size_t(column) * 2) =
-            odd ? pack<T>(other, own[1]) : pack<T>(own[0], other);
+    for (u32 j = 0; j < N / 8; ++j)
+      write_pair<T>(me, first, limit, rows, r, j, value(r, j, 0), value(r, j, 1), address);
+}
+
+#if defined(SIDP_CAS_ROLLED)
+// Many rows: the sums of a tile pass through memory of this thread's own (it stays in the L2), so that a loop of few
+// instructions can finish them four at a time: unrolled over registers the code is 100 KB and more, and comes from memory.
+template <int N>
+__device__ __forceinline__ const float4* set_down(const ServerArguments& args, const Multiplier& me, const Accumulators<N>& sums) {
+  float4* own = partial_of(args, 2, 0, blockIdx.x) + me.group * 128 + me.thread;
+#pragma unroll
+  for (u32 i = 0; i < N / 4; ++i) {
+    const float* four = &sums[i / (N / 8)][i % (N / 8) * 4];
+    __stcg(own + i * 256, make_float4(four[0], four[1], four[2], four[3]));
+  }
+  return own;
+}
+
+// Calls use(j, lower, upper) with the sums 4 j ... 4 j + 3 of both boxes; the next ones are on their way meanwhile.
+template <typename Use>
+__device__ __forceinline__ void for_each_four(const float4* own, u32 fours, Use use) {
+  const float4* other = own + fours * 256;
+  float4 lower = __ldcg(own), upper = __ldcg(other);
+#pragma unroll 1
+  for (u32 j = 0; j < fours; ++j) {
+    const float4 a = lower, b = upper;
+    if (j + 1 < fours) {
+      lower = __ldcg(own + (j + 1) * 256);
+      upper = __ldcg(other + (j + 1) * 256);
     }
+    use(j, a, b);
   }
 }
 
+template <typename T, int N>
+__device__ __forceinline__ void write_inner_rolled(const ServerArguments& args, const Multiplier& me, const Batch& batch,
+                                          const UnitRecord& unit, u32 tile, const Accumulators<N>& sums) {
+  const float4* own = set_down<N>(args, me, sums);
+  const u32 size = unit.intermediate, rows = batch.rows;
+  const bool gated = unit.gate_weights != nullptr, gate_first = unit.gate_box == 0;
+  const u32 first = tile * (gated ? kBoxRows : kTileRows);
+  float bias[2][2];  // of each box, of each of this thread's rows
+#pragma unroll
+  for (u32 r = 0; r < 2; ++r) {
+    const u32 row = first + me.row(r);
+    bias[0][r] = bias_at<T>(gated && gate_first ? unit.gate_bias : unit.up_bias, row, size);
+    bias[1][r] = gated ? bias_at<T>(gate_first ? unit.up_bias : unit.gate_bias, row, size)
+                       : bias_at<T>(unit.up_bias, row + kBoxRows, size);
+  }
+  auto address = [&](u32 row) { return args.inner[batch.id % 2] + row * args.inner_stride; };
+  with_activation(unit.activation, [&](auto function) {
+    for_each_four(own, N / 8, [&](u32 j, float4 a, float4 b) {
+      const float lower[2][2] = {{a.x, a.y}, {a.z, a.w}}, upper[2][2] = {{b.x, b.y}, {b.z, b.w}};
+#pragma unroll
+      for (u32 r = 0; r < 2; ++r) {
+        float value[2][2];
+#pragma unroll
+        for (u32 e = 0; e < 2; ++e) {
+          const float low = lower[r][e] + bias[0][r], high = upper[r][e] + bias[1][r];
+          value[0][e] = function(gated && !gate_first ? high : low);
+          if (gated)
+            value[0][e] *= gate_first ? high : low;
+          else
+            value[1][e] = function(high);
+        }
+        write_pair<T>(me, first, size, rows, r, j, value[0][0], value[0][1], address);
+        if (!gated) write_pair<T>(me, first + kBoxRows, size, rows, r, j, value[1][0], value[1][1], address);
+      }
+    });
+  });
+}
+
+template <typename T, int N>
+__device__ __forceinline__ void write_results_rolled(const ServerArguments& args, const Multiplier& me, const SharedBatch& here,
+                                            const UnitRecord& unit, u32 tile, const Accumulators<N>& sums) {
+  const float4* own = set_down<N>(args, me, sums);
+  const u32 size = unit.hidden, rows = here.batch.rows, first = tile * kTileRows;
+  const bool float32 = (unit.reply_flags & kReplyFloat32) != 0;
+  float bias[2][2];
+#pragma unroll
+  for (u32 box = 0; box < 2; ++box)
+#pragma unroll
+    for (u32 r = 0; r < 2; ++r) bias[box][r] = bias_at<T>(unit.down_bias, first + box * kBoxRows + me.row(r), size);
+  auto address = [&](u32 row) { return here.target[row]; };
+  for_each_four(own, N / 8, [&](u32 j, float4 a, float4 b) {
+    const float value[2][2][2] = {{{a.x, a.y}, {a.z, a.w}}, {{b.x, b.y}, {b.z, b.w}}};
+#pragma unroll
+    for (u32 box = 0; box < 2; ++box)
+#pragma unroll
+      for (u32 r = 0; r < 2; ++r) {
+        const u32 start = first + box * kBoxRows;
+        const float v0 = value[box][r][0] + bias[box][r], v1 = value[box][r][1] + bias[box][r];
+        if (!float32) {
+          write_pair<T>(me, start, size, rows, r, j, v0, v1, address);
+          continue;
+        }
+        const u32 row = 8 * j + me.lane % 4 * 2, column = start + me.row(r);
+        if (column < size && row < rows) reinterpret_cast<float*>(here.target[row])[column] = v0;
+        if (column < size && row + 1 < rows) reinterpret_cast<float*>(here.target[row + 1])[column] = v1;
+      }
+  });
+}
+#endif
+
 // gate/up -> activation -> the intermediate, for the loaders of all CTAs.
 template <typename T, int N>
-__device__ inline void write_inner(const ServerArguments& args, const Multiplier& me, const Batch& batch,
+__device__ __forceinline__ void write_inner(const ServerArguments& args, const Multiplier& me, const Batch& batch,
                                    const UnitRecord& unit, u32 tile, Accumulators<N>& sums) {
   const u32 size = unit.intermediate;
   const bool gated = unit.gate_weights != nullptr, gate_first = unit.gate_box == 0;
@@ -166,7 +367,7 @@ __device__ inline void write_inner(const ServerArguments& args, const Multiplier
 
 // O5: into the requesters' slots.
 template <typename T, int N>
-__device__ inline void write_results(const Multiplier& me, const SharedBatch& here, const UnitRecord& unit, u32 tile,
+__device__ __forceinline__ void write_results(const Multiplier& me, const SharedBatch& here, const UnitRecord& unit, u32 tile,
                                      const Accumulators<N>& sums) {
   const u32 size = unit.hidden;
   const u32 rows = here.batch.rows;
@@ -193,7 +394,7 @@ __device__ inline void write_results(const Multiplier& me, const SharedBatch& he
 // --- a batch ---
 
 template <typename T, int N>
-__device__ inline void serve_batch(const ServerArguments& args, SharedState& shared, Multiplier& me,
+__device__ __forceinline__ void serve_batch(const ServerArguments& args, SharedState& shared, Multiplier& me,
                                    const SharedBatch& here) {
   const UnitRecord& unit = args.units[here.batch.layer];
   const u32 id = here.batch.id;
@@ -211,13 +412,36 @@ __device__ inline void serve_batch(const ServerArguments& args, SharedState& sha
       const u32 stages = min(shape.depth - depth, end - at);
 #pragma unroll
       for (u32 i = 0; i < N; ++i) sums[i / (N / 2)][i % (N / 2)] = 0.0f;
-      multiply<T, N>(args, shared, me, stages, sums);
+#if defined(SIDP_CAS_TRACE)
+      if (me.group == 0 && me.thread == 0 && at == share_begin(shape, blockIdx.x)) {
+        wait_barrier(args, &shared.full[part_of(me.position.stage, 0)], me.position.parity(), ServerFault::kRing,
+                     args.stall_ns);
+        trace(phase == 0 ? Mark::kFirstStage : Mark::kDownStage);
+      }
+      __syncwarp();
+#endif
+#if defined(SIDP_CAS_LDMATRIX)
+      if constexpr (N <= SIDP_CAS_LDMATRIX)
+        multiply_registers<T, N>(args, shared, me, stages, sums);
+      else
+#endif
+        multiply<T, N>(args, shared, me, stages, sums);
       at += stages;
+      if (me.group == 0 && me.thread == 0 && at == end) trace(phase == 0 ? Mark::kGateUp : Mark::kDown);
       if (depth != 0) {
         store_partial<N>(args, me, id, phase, sums);
         continue;
       }
       if (stages < shape.depth) add_partials<N>(args, me, id, phase, shape, tile, sums);
+#if defined(SIDP_CAS_ROLLED)
+      if constexpr (N >= SIDP_CAS_ROLLED) {
+        if (phase == 0)
+          write_inner_rolled<T, N>(args, me, here.batch, unit, tile, sums);
+        else
+          write_results_rolled<T, N>(args, me, here, unit, tile, sums);
+        continue;
+      }
+#endif
       if (phase == 0)
         write_inner<T, N>(args, me, here.batch, unit, tile, sums);
       else
@@ -227,22 +451,36 @@ __device__ inline void serve_batch(const ServerArguments& args, SharedState& sha
       fence_async_proxy();
       me.sync_group();
       if (me.thread == 0) add_acq_rel_gpu(&args.state->progress[id % 2].inner, 1);
+      if (me.group == 0 && me.thread == 0) trace(Mark::kInnerWritten);
     }
   }
   me.sync_group();
+  if (me.group == 0 && me.thread == 0) trace(Mark::kResultsWritten);
   if (me.thread < 32) {
     u32 before = 0;
     if (me.lane == 0) {
+#if defined(SIDP_CAS_FAST)
+      fence_sys();  // the whole warpgroup's results: fences are cumulative
+      before = add_relaxed_gpu(&args.state->progress[id % 2].finished, 1);  // what follows begins with a fence
+#else
       __threadfence_system();  // the whole warpgroup's results: fences are cumulative
       before = atomicAdd(&args.state->progress[id % 2].finished, 1);
       __threadfence();
+#endif
     }
-    if (__shfl_sync(kAllLanes, before, 0) == kMultipliers * gridDim.x - 1) complete_batch(args, here.batch);
+    if (me.group == 0 && me.lane == 0) {
+      trace(Mark::kFinished);
+      trace_clock(Mark::kClockLast);
+    }
+    if (__shfl_sync(kAllLanes, before, 0) == kMultipliers * gridDim.x - 1) {
+      complete_batch(args, here.batch);
+      if (me.lane == 0) trace(Mark::kReplied);
+    }
   }
 }
 
 // O4 for a fused batch: this warpgroup's part of the rows, into one matrix that the bulk copy engine can read.
-__device__ inline void gather_rows(const ServerArguments& args, const Multiplier& me, const SharedBatch& here) {
+__device__ __forceinline__ void gather_rows(const ServerArguments& args, const Multiplier& me, const SharedBatch& here) {
   const u32 row_units = args.units[here.batch.layer].hidden / 8;  // of 16 bytes
   const u32 parity = here.batch.id % 2;
   auto* target = reinterpret_cast<uint4*>(args.gathered[parity]);
@@ -257,10 +495,10 @@ __device__ inline void gather_rows(const ServerArguments& args, const Multiplier
 }
 
 template <typename T>
-__device__ inline void multiply_batches(const ServerArguments& args, SharedState& shared, std::uint8_t* ring,
+__device__ __forceinline__ void multiply_batches(const ServerArguments& args, SharedState& shared, std::uint8_t* ring,
                                         u32 first) {
   Multiplier me = {};
-  me.group = threadIdx.x / 128 - 1;
+  me.group = __shfl_sync(kAllLanes, threadIdx.x / 128, 0) - 1;  // uniform for the compiler too: descriptors stay in uniform registers
   me.thread = threadIdx.x % 128;
   me.lane = threadIdx.x % 32;
   me.ring = shared_address(ring);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "control.cuh"
+#include "trace.cuh"
 #include "wgmma.cuh"
 
 namespace sidp {
@@ -14,6 +15,20 @@ constexpr u32 kRingBytes = kMaxStages * (kWeightBytes + 32 * kBoxColumns * 2);
 constexpr u32 kMultipliers = 2;                           // warpgroups that multiply
 constexpr u32 kServeThreads = 128 * (1 + kMultipliers);
 constexpr u32 kLoaders = 3;                               // two for the boxes of weights, one for activations
+#if defined(SIDP_CAS_FAST)
+constexpr u32 kBatchReaders = 1 + kMultipliers;           // the weight loaders read its headline instead
+#else
+constexpr u32 kBatchReaders = kLoaders + kMultipliers;
+#endif
+
+// A stage changes hands in parts: whole, or each box of weights by itself (the activations belong to the first box's filling
+// and to the last one's emptying).
+#if defined(SIDP_CAS_HALVES)
+constexpr u32 kParts = 2;
+#else
+constexpr u32 kParts = 1;
+#endif
+SIDP_HOST_DEVICE constexpr u32 part_of(u32 stage, u32 box) { return stage * kParts + (kParts == 1 ? 0 : box); }
 
 // Stages of weights and activations of `width` rows that fit into the ring.
 SIDP_HOST_DEVICE constexpr u32 stages_of(u32 width) { return width <= 32 ? 6 : width == 64 ? 5 : 4; }
@@ -21,10 +36,10 @@ static_assert(stages_of(64) * (kWeightBytes + 64 * 128) <= kRingBytes, "ring");
 static_assert(stages_of(128) * (kWeightBytes + 128 * 128) <= kRingBytes, "ring");
 
 struct SharedState {
-  u64 full[kMaxStages];   // one arrival per loader, and their bytes
-  u64 empty[kMaxStages];  // one arrival per multiplying warp
+  u64 full[kMaxStages * kParts];   // one arrival per loader, and their bytes
+  u64 empty[kMaxStages * kParts];  // one arrival per multiplying warp
   u64 batch_full[2];      // by parity of the batch number: all lanes of the herald
-  u64 batch_empty[2];     // every loader and every multiplying warpgroup
+  u64 batch_empty[2];     // everybody who reads the batch (kBatchReaders)
   u64 issued;             // one arrival per batch: the copies of all its weights have been issued
   SharedBatch batch[2];
 };
@@ -47,7 +62,8 @@ __device__ inline Phase phase_of(const UnitRecord& unit, u32 phase) {
 }
 
 __device__ inline u32 share_begin(Phase phase, u32 cta) {
-  return static_cast<u32>(u64(phase.tiles) * phase.depth * cta / gridDim.x);
+  const u32 all = phase.tiles * phase.depth;
+  return all / gridDim.x * cta + all % gridDim.x * cta / gridDim.x;
 }
 
 #if defined(SIDP_SM90A)
