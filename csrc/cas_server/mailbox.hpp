@@ -121,8 +121,8 @@ static_assert(offsetof(ReplyRecord, status) == 8 && offsetof(ReplyRecord, rows) 
 
 // Requests of one (owner, requester) pair are numbered 1, 2, 3, ...; number n lies in slot (n - 1) mod slots.
 SIDP_HOST_DEVICE constexpr std::uint32_t slot_of(std::uint64_t sequence, std::uint32_t slots) {
-  return (slots & (slots - 1)) == 0 ? static_cast<std::uint32_t>(sequence - 1) & (slots - 1)  // a division takes 0.1 us on a GPU
-                                    : static_cast<std::uint32_t>((sequence - 1) % slots);
+  if ((slots & (slots - 1)) == 0) return static_cast<std::uint32_t>(sequence - 1) & (slots - 1);  // on a GPU dividing is slow
+  return static_cast<std::uint32_t>((sequence - 1) % slots);
 }
 
 // R1: request `sequence` may overwrite its slot once the requester has consumed the reply of the one before it there.
