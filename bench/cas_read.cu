@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <initializer_list>
 #include <vector>
 
 #include "../csrc/cas_server/cuda_check.hpp"
@@ -103,19 +104,37 @@ float median_us(const std::vector<const void*>& matrices, u64 columns, u64 rows,
   return times[times.size() / 2];
 }
 
+void print_line(const std::vector<const void*>& matrices, u64 columns, u64 rows, const Pattern& p,
+                CUtensorMapL2promotion promotion, const char* name, std::initializer_list<u32> sms_list) {
+  std::printf("rows of %llu, %s %u rows x %u down, %u bytes across, promotion %s:", (unsigned long long)columns,
+              p.pieces ? "pieces" : "boxes", p.box_rows, p.down, p.across * 128, name);
+  for (u32 sms : sms_list)
+    std::printf(" %u SMs %.0f", sms, columns * rows * 2 / median_us(matrices, columns, rows, p, promotion, sms) / 1e3);
+  std::printf(" GB/s\n");
+}
+
 }  // namespace
 
-int main() {
+// `cas_read short`: only what the serving kernel does or might do, for the row lengths of Qwen3-32B's two phases.
+int main(int count, char**) {
   try {
-    const u64 columns = 5120, rows = 102400;  // 1 GiB, the row length of Qwen3-32B's gate and up
+    const u64 elements = 5120ull * 102400;  // 1 GiB
     std::vector<const void*> matrices;
     for (int i = 0; i < 2; ++i) {
       void* pointer = nullptr;
-      SIDP_CUDA_CHECK(cudaMalloc(&pointer, columns * rows * 2));
-      SIDP_CUDA_CHECK(cudaMemset(pointer, 0x5a, columns * rows * 2));
+      SIDP_CUDA_CHECK(cudaMalloc(&pointer, elements * 2));
+      SIDP_CUDA_CHECK(cudaMemset(pointer, 0x5a, elements * 2));
       matrices.push_back(pointer);
     }
     SIDP_CUDA_CHECK(cudaFuncSetAttribute(read_pattern, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes + 1024));
+    if (count > 1) {
+      const Pattern patterns[] = {{128, 2, 1, false}, {128, 1, 2, false}, {64, 2, 2, false}, {32, 2, 4, false},
+                                  {16, 1, 16, true}};
+      for (const u64 columns : {5120, 25600})
+        for (const Pattern& p : patterns)
+          print_line(matrices, columns, elements / columns, p, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, "256B", {24, 32, 40, 48});
+      return 0;
+    }
     const Pattern patterns[] = {{256, 1, 1, false}, {128, 1, 1, false}, {128, 2, 1, false}, {32, 4, 1, false},
                                 {128, 1, 2, false}, {64, 2, 2, false},  {32, 4, 2, false},  {64, 1, 4, false},
                                 {32, 2, 4, false},  {32, 1, 8, false},  {16, 1, 16, false}, {128, 1, 2, true},
@@ -126,12 +145,7 @@ int main() {
     for (int promotion = 0; promotion < 3; ++promotion)
       for (const Pattern& p : patterns) {
         if (p.pieces && promotion > 0) continue;
-        std::printf("%s %u rows x %u down, %u bytes across, promotion %s:", p.pieces ? "pieces" : "boxes ", p.box_rows,
-                    p.down, p.across * 128, names[promotion]);
-        for (u32 sms : {16u, 24u, 32u, 48u, 132u})
-          std::printf(" %u SMs %.0f", sms,
-                      columns * rows * 2 / median_us(matrices, columns, rows, p, promotions[promotion], sms) / 1e3);
-        std::printf(" GB/s\n");
+        print_line(matrices, 5120, elements / 5120, p, promotions[promotion], names[promotion], {16, 24, 32, 48, 132});
       }
   } catch (const std::exception& error) {
     std::fprintf(stderr, "%s\n", error.what());

@@ -16,11 +16,12 @@ variant_flags() {
     all) echo -DSIDP_CAS_FAST -DSIDP_CAS_LDMATRIX=16 -DSIDP_CAS_ROLLED=64 ;;
     half) echo -DSIDP_CAS_FAST -DSIDP_CAS_LDMATRIX=16 -DSIDP_CAS_ROLLED=64 -DSIDP_CAS_HALVES=1 ;;
     over) echo -DSIDP_CAS_FAST -DSIDP_CAS_LDMATRIX=16 -DSIDP_CAS_ROLLED=64 -DSIDP_CAS_HALVES=2 ;;
+    wide) echo -DSIDP_CAS_FAST -DSIDP_CAS_LDMATRIX=16 -DSIDP_CAS_ROLLED=64 -DSIDP_CAS_WIDE=16 ;;
     roll) echo -DSIDP_CAS_FAST -DSIDP_CAS_LDMATRIX=16 -DSIDP_CAS_ROLLED=8 ;;
     trace) echo -DSIDP_CAS_FAST -DSIDP_CAS_LDMATRIX=16 -DSIDP_CAS_ROLLED=64 -DSIDP_CAS_TRACE ;;
   esac
 }
-builds="base fast ldm all half over roll"
+builds="base fast ldm all half over wide roll"
 step() {  # step SECONDS NAME COMMAND...: the tail is shown, all of it is kept
   local limit=$1 name=$2 start=$SECONDS; shift 2
   timeout -k 5 "$limit" "$@" > "$out/$name.log" 2>&1 || echo "== $name: exit status $?"
@@ -36,6 +37,7 @@ if [[ $parts == *build* ]]; then
   for name in $builds trace; do
     for source in $sources bench/cas_capi.cu; do build_one $source $name & done
   done
+  nvcc $flags -o "$built/cas_read" "$root/bench/cas_read.cu" &
   build_one tests/gpu/cas_selftest.cpp all &  # the host's side is the same in all of them
   wait
   for name in $builds trace; do
@@ -60,6 +62,7 @@ if [[ $parts == *measure* ]]; then
   echo "== self tests right:$right"
   step 90 compare python3 "$here/cas_compare.py" $(pairs $right) --sms 24,32,40,48 --rows 1,16,32,64,128 --out "$out/compare.json"
   step 25 trace python3 "$here/cas_compare.py" $(pairs trace) --trace --sms 32,48 --rows 1,16,64,128 --out "$out/trace.json"
+  step 15 read "$built/cas_read" short
   step 25 tiny python3 "$here/cas_compare.py" $(pairs $right) --shapes tiny --skip-small --sms 32 --rows 1,8,64
   step 30 owner python3 "$here/cas_kernel.py" "$built/fast.so" --owner-cost --sms 40 --out "$out/owner.json"
 fi

@@ -57,13 +57,15 @@ __device__ inline void load_weights(const ServerArguments& args, SharedState& sh
       const CUtensorMap* map = &unit.weights[phase];
       prefetch_map(map);
       const bool pair = phase == 0 && unit.gate_weights != nullptr;  // the boxes are of two matrices
-      const u32 tile_rows = pair ? kBoxRows : kTileRows;
-      const u32 first_row = pair ? 0 : box * kBoxRows, matrix = pair ? box : 0;
-      const Phase shape = phase_of(unit, phase);
+      const bool wide = phase == 1 && wide_down(width);             // they lie side by side
+      const u32 tile_rows = pair || wide ? kBoxRows : kTileRows;
+      const u32 first_row = pair || wide ? 0 : box * kBoxRows, matrix = pair ? box : 0;
+      const u32 first_column = wide ? box * kBoxColumns : 0, columns = wide ? 2 * kBoxColumns : kBoxColumns;
+      const Phase shape = phase_of(unit, phase, width);
       for_each_stage(args, shared, position, stages_of(width), shape, box, [&](u32 stage, u32 tile, u32 depth) {
         u64* full = &shared.full[part_of(stage, box)];
         barrier_arrive_expect(full, kBoxBytes);
-        copy_box(map, full, ring + stage * kWeightBytes + box * kBoxBytes, depth * kBoxColumns,
+        copy_box(map, full, ring + stage * kWeightBytes + box * kBoxBytes, depth * columns + first_column,
                  tile * tile_rows + first_row, matrix, kEvictFirst);
         if (phase == 0 && box == 0 && tile * shape.depth + depth == share_begin(shape, blockIdx.x)) trace(Mark::kIssued);
       });
@@ -87,7 +89,7 @@ __device__ inline void load_activations(const ServerArguments& args, SharedState
     const u32 index = width_index(batch.rows), parity = id % 2;
     if (width_of(index) != width) change_width(args, shared, position);
     width = width_of(index);
-    const u32 stages = stages_of(width), bytes = width * kBoxColumns * 2;
+    const u32 stages = stages_of(width), box_bytes = width * kBoxColumns * 2;
     std::uint8_t* targets = ring + stages * kWeightBytes;
     ServerState::Progress& progress = args.state->progress[parity];
     for (u32 phase = 0; phase < 2; ++phase) {
@@ -107,10 +109,13 @@ __device__ inline void load_activations(const ServerArguments& args, SharedState
           fail(args, ServerFault::kGather, progress.gathered);
       }
       fence_async_proxy();
-      for_each_stage(args, shared, position, stages, phase_of(unit, phase), 1, [&](u32 stage, u32, u32 depth) {
+      const u32 boxes = phase == 1 && wide_down(width) ? 2 : 1;
+      for_each_stage(args, shared, position, stages, phase_of(unit, phase, width), 1, [&](u32 stage, u32, u32 depth) {
         u64* full = &shared.full[part_of(stage, 0)];
-        barrier_arrive_expect(full, bytes);
-        copy_box(map, full, targets + stage * bytes, depth * kBoxColumns, row, kEvictLast);
+        barrier_arrive_expect(full, boxes * box_bytes);
+        for (u32 i = 0; i < boxes; ++i)
+          copy_box(map, full, targets + stage * activation_bytes(width) + i * box_bytes,
+                   (depth * boxes + i) * kBoxColumns, row, kEvictLast);
       });
     }
     barrier_arrive(&shared.batch_empty[parity]);

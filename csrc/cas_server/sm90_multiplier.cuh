@@ -17,9 +17,10 @@ __device__ __forceinline__ void serve_batch(const ServerArguments& args, SharedS
     me.width = N;
     me.position.stage = 0;
   }
+  constexpr bool kWide = wide_down(N);
   Accumulators<N> sums;
   for (u32 phase = 0; phase < 2; ++phase) {
-    const Phase shape = phase_of(unit, phase);
+    const Phase shape = phase_of(unit, phase, N);
     const u32 end = share_begin(shape, blockIdx.x + 1);
     u32 at = share_begin(shape, blockIdx.x);
     while (at < end) {
@@ -36,11 +37,21 @@ __device__ __forceinline__ void serve_batch(const ServerArguments& args, SharedS
       __syncwarp();
 #endif
 #if defined(SIDP_CAS_LDMATRIX)
-      if constexpr (N <= SIDP_CAS_LDMATRIX)
-        multiply_registers<T, N>(args, shared, me, stages, sums);
-      else
-#endif
+      if constexpr (N > SIDP_CAS_LDMATRIX) {
         multiply<T, N>(args, shared, me, stages, sums);
+      } else if (kWide && phase == 1) {
+        multiply_registers<T, N, kWide>(args, shared, me, stages, sums);
+#pragma unroll
+        for (u32 i = 0; i < N / 2; ++i) {
+          sums[0][i] += sums[1][i];
+          sums[1][i] = 0.0f;
+        }
+      } else {
+        multiply_registers<T, N, false>(args, shared, me, stages, sums);
+      }
+#else
+      multiply<T, N>(args, shared, me, stages, sums);
+#endif
       at += stages;
       if (me.group == 0 && me.thread == 0 && at == end) trace(phase == 0 ? Mark::kGateUp : Mark::kDown);
       if (depth != 0) {
@@ -60,7 +71,7 @@ __device__ __forceinline__ void serve_batch(const ServerArguments& args, SharedS
       if (phase == 0)
         write_inner<T, N>(args, me, here.batch, unit, tile, sums);
       else
-        write_results<T, N>(me, here, unit, tile, sums);
+        write_results<T, N, kWide>(me, here, unit, tile, sums);
     }
     if (phase == 0) {  // this warpgroup's part of the intermediate is written; the bulk copy engine reads it next
       fence_async_proxy();

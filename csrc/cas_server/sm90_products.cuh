@@ -83,28 +83,32 @@ __device__ __forceinline__ void multiply(const ServerArguments& args, SharedStat
 }
 
 #if defined(SIDP_CAS_LDMATRIX)
-// What a warp multiplies of one stage: 16 rows of both boxes and all N rows of activations, 64 columns.
-template <int N>
+// What a warp multiplies of one stage: 16 rows of both boxes and all N rows of activations, 64 columns. kWide: see
+// wide_down().
+template <int N, bool kWide>
 struct Fragments {
   u32 weights[2][kBoxColumns / 16][4];
-  u32 rows[N / 8][kBoxColumns / 32][4];
+  u32 rows[kWide ? 2 : 1][N / 8][kBoxColumns / 32][4];  // of each box, or of both
 };
 
 // The 16-byte unit `unit` of row `row` in a box with the 128-byte swizzle, as a byte offset.
 __device__ inline u32 swizzled(u32 row, u32 unit) { return row * 128 + ((unit ^ row % 8) << 4); }
 
-template <int N>
+template <int N, bool kWide>
 __device__ __forceinline__ void load_fragments(const ServerArguments& args, SharedState& shared, const Multiplier& me,
-                                               Fragments<N>& to) {
+                                               Fragments<N, kWide>& to) {
   const u32 stage = me.position.stage;
   wait_barrier(args, &shared.full[part_of(stage, 0)], me.position.parity(), ServerFault::kRing, args.stall_ns);
   const u32 box = me.ring + stage * kWeightBytes, row = me.group * 64 + me.thread / 32 * 16 + me.lane % 16;
-  const u32 activations = me.ring + stages_of(N) * kWeightBytes + stage * N * 128;
+  const u32 activations = me.ring + stages_of(N) * kWeightBytes + stage * activation_bytes(N);
 #pragma unroll
   for (u32 half = 0; half < kBoxColumns / 32; ++half)
 #pragma unroll
     for (u32 j = 0; j < N / 8; ++j)
-      load_matrices(to.rows[j][half], activations + swizzled(8 * j + me.lane % 8, 4 * half + me.lane / 8));
+#pragma unroll
+      for (u32 i = 0; i < (kWide ? 2 : 1); ++i)
+        load_matrices(to.rows[i][j][half],
+                      activations + i * N * 128 + swizzled(8 * j + me.lane % 8, 4 * half + me.lane / 8));
 #pragma unroll
   for (u32 k = 0; k < kBoxColumns / 16; ++k) load_matrices(to.weights[0][k], box + swizzled(row, 2 * k + me.lane / 16));
   if (kParts > 1)
@@ -118,20 +122,22 @@ __device__ __forceinline__ void load_fragments(const ServerArguments& args, Shar
   }
 }
 
-template <typename T, int N>
-__device__ __forceinline__ void multiply_fragments(const Fragments<N>& f, Accumulators<N>& sums) {
+template <typename T, int N, bool kWide>
+__device__ __forceinline__ void multiply_fragments(const Fragments<N, kWide>& f, Accumulators<N>& sums) {
 #pragma unroll
   for (u32 k = 0; k < kBoxColumns / 16; ++k)
 #pragma unroll
     for (u32 j = 0; j < N / 8; ++j)
 #pragma unroll
-      for (u32 box = 0; box < 2; ++box)
-        mma_16x8x16(T(), &sums[box][4 * j], f.weights[box][k], f.rows[j][k / 2][k % 2 * 2], f.rows[j][k / 2][k % 2 * 2 + 1]);
+      for (u32 box = 0; box < 2; ++box) {
+        const u32(&rows)[4] = f.rows[kWide ? box : 0][j][k / 2];
+        mma_16x8x16(T(), &sums[box][4 * j], f.weights[box][k], rows[k % 2 * 2], rows[k % 2 * 2 + 1]);
+      }
 }
 
 // The same as multiply() for few rows. While a stage's fragments are on their way the previous ones are multiplied; then the
 // stage, which nobody needs any more, is handed back.
-template <typename T, int N>
+template <typename T, int N, bool kWide>
 __device__ __forceinline__ void multiply_registers(const ServerArguments& args, SharedState& shared, Multiplier& me, u32 stages,
                                                    Accumulators<N>& sums) {
   auto hand_back = [&] {
@@ -139,17 +145,17 @@ __device__ __forceinline__ void multiply_registers(const ServerArguments& args, 
     if (me.lane == 0) barrier_arrive(&shared.empty[part_of(me.position.stage, 1)]);
     me.position.advance(stages_of(N));
   };
-  Fragments<N> even, odd;
-  load_fragments<N>(args, shared, me, even);
+  Fragments<N, kWide> even, odd;
+  load_fragments<N, kWide>(args, shared, me, even);
   hand_back();
   for (u32 left = stages - 1;; left -= 2) {
-    if (left == 0) return multiply_fragments<T, N>(even, sums);
-    load_fragments<N>(args, shared, me, odd);
-    multiply_fragments<T, N>(even, sums);
+    if (left == 0) return multiply_fragments<T, N, kWide>(even, sums);
+    load_fragments<N, kWide>(args, shared, me, odd);
+    multiply_fragments<T, N, kWide>(even, sums);
     hand_back();
-    if (left == 1) return multiply_fragments<T, N>(odd, sums);
-    load_fragments<N>(args, shared, me, even);
-    multiply_fragments<T, N>(odd, sums);
+    if (left == 1) return multiply_fragments<T, N, kWide>(odd, sums);
+    load_fragments<N, kWide>(args, shared, me, even);
+    multiply_fragments<T, N, kWide>(odd, sums);
     hand_back();
   }
 }

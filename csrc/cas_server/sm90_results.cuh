@@ -221,16 +221,16 @@ __device__ __forceinline__ void write_inner(const ServerArguments& args, const M
                       [&](u32 r, u32 j, u32 e) { return sums[1][4 * j + 2 * r + e]; }, address);
 }
 
-// O5: into the requesters' slots.
-template <typename T, int N>
+// O5: into the requesters' slots. kWide: both boxes' sums are of the same rows and have been added up.
+template <typename T, int N, bool kWide>
 __device__ __forceinline__ void write_results(const Multiplier& me, const SharedBatch& here, const UnitRecord& unit, u32 tile,
                                               const Accumulators<N>& sums) {
   const u32 size = unit.hidden;
   const u32 rows = here.batch.rows;
   auto address = [&](u32 row) { return here.target[row]; };
 #pragma unroll
-  for (u32 box = 0; box < 2; ++box) {
-    const u32 first = tile * kTileRows + box * kBoxRows;
+  for (u32 box = 0; box < (kWide ? 1 : 2); ++box) {
+    const u32 first = tile * (kWide ? kBoxRows : kTileRows) + box * kBoxRows;
     const float bias[2] = {bias_at<T>(unit.down_bias, first + me.row(0), size),
                            bias_at<T>(unit.down_bias, first + me.row(1), size)};
     if ((unit.reply_flags & kReplyFloat32) == 0) {

@@ -35,6 +35,18 @@ SIDP_HOST_DEVICE constexpr u32 stages_of(u32 width) { return width <= 32 ? 6 : w
 static_assert(stages_of(64) * (kWeightBytes + 64 * 128) <= kRingBytes, "ring");
 static_assert(stages_of(128) * (kWeightBytes + 128 * 128) <= kRingBytes, "ring");
 
+// For few rows a stage of the second phase is 128 rows x 128 columns, the boxes side by side: 256 bytes in a row of memory
+// where 256 rows x 64 columns have 128. Each box then has its own activations, and both sums are of the same rows.
+#if defined(SIDP_CAS_WIDE)
+SIDP_HOST_DEVICE constexpr bool wide_down(u32 width) { return width <= SIDP_CAS_WIDE; }
+#else
+SIDP_HOST_DEVICE constexpr bool wide_down(u32) { return false; }
+#endif
+// Bytes of a stage's activations.
+SIDP_HOST_DEVICE constexpr u32 activation_bytes(u32 width) { return width * kBoxColumns * 2 * (wide_down(width) ? 2 : 1); }
+static_assert(stages_of(16) * (kWeightBytes + activation_bytes(16)) <= kRingBytes, "ring");
+static_assert(stages_of(32) * (kWeightBytes + activation_bytes(32)) <= kRingBytes, "ring");
+
 struct SharedState {
   u64 full[kMaxStages * kParts];   // one arrival per loader, and their bytes
   u64 empty[kMaxStages * kParts];  // one arrival per multiplying warp
@@ -55,7 +67,9 @@ struct Phase {
 
 SIDP_HOST_DEVICE constexpr u32 ceil_div(u32 a, u32 b) { return (a + b - 1) / b; }
 
-__device__ inline Phase phase_of(const UnitRecord& unit, u32 phase) {
+__device__ inline Phase phase_of(const UnitRecord& unit, u32 phase, u32 width) {
+  if (phase == 1 && wide_down(width))
+    return Phase{ceil_div(unit.hidden, kBoxRows), ceil_div(unit.intermediate, 2 * kBoxColumns)};
   if (phase == 1) return Phase{ceil_div(unit.hidden, kTileRows), ceil_div(unit.intermediate, kBoxColumns)};
   const u32 rows = unit.gate_weights != nullptr ? kBoxRows : kTileRows;  // intermediate columns of a tile
   return Phase{ceil_div(unit.intermediate, rows), ceil_div(unit.hidden, kBoxColumns)};
