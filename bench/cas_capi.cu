@@ -33,6 +33,11 @@ std::vector<void*> pointers(const std::uint64_t* values, std::uint32_t count) {
   return result;
 }
 
+RowsArgument rows_of(const CudaRequester& requester, int owner, u32 layer, std::uint64_t address, u32 rows, std::uint64_t pitch) {
+  const bool all = owner < 0;
+  return {reinterpret_cast<void*>(address), pitch, rows, layer, all ? 0 : u32(owner), all ? requester.world() : 1};
+}
+
 constexpr u32 kReadBytes = 16384, kReadStages = 12;
 
 // One thread of each CTA keeps `kReadStages` copies of 16 KB in flight; nothing reads them.
@@ -177,17 +182,13 @@ int sidp_cas_push(void* requester, int owner, u32 layer, std::uint64_t x, u32 ro
                   std::uint64_t stream) {
   return guarded([&] {
     auto* r = static_cast<CudaRequester*>(requester);
-    auto* s = reinterpret_cast<cudaStream_t>(stream);
-    const void* p = reinterpret_cast<const void*>(x);
-    owner < 0 ? r->push_all(layer, p, rows, pitch, s) : r->push(owner, layer, p, rows, pitch, s);
+    r->push(rows_of(*r, owner, layer, x, rows, pitch), owner < 0, reinterpret_cast<cudaStream_t>(stream));
   });
 }
 int sidp_cas_wait(void* requester, int owner, std::uint64_t y, u32 rows, std::uint64_t pitch, std::uint64_t stream) {
   return guarded([&] {
     auto* r = static_cast<CudaRequester*>(requester);
-    auto* s = reinterpret_cast<cudaStream_t>(stream);
-    void* p = reinterpret_cast<void*>(y);
-    owner < 0 ? r->wait_all(p, rows, pitch, s) : r->wait(owner, p, rows, pitch, s);
+    r->wait(rows_of(*r, owner, 0, y, rows, pitch), owner < 0, reinterpret_cast<cudaStream_t>(stream));
   });
 }
 int sidp_cas_check(void* requester) {

@@ -16,6 +16,7 @@ void bind_ffn_cache(py::module_& module);
 #ifdef SIDP_WITH_CUDA
 void bind_cuda_p2p(py::module_& module);
 void bind_cuda_ring(py::module_& module);
+void bind_cas_cuda(py::module_& module);
 #endif
 void bind_cas_cpu(py::module_& module);
 
@@ -152,12 +153,17 @@ void bind_policy(py::module_& m) {
       .def_readwrite("row_bytes", &PolicyModel::row_bytes)
       .def_readwrite("owner_share", &PolicyModel::owner_share)
       .def_readwrite("fused_factor", &PolicyModel::fused_factor)
-      .def_readwrite("compute", &PolicyModel::compute);
+      .def_readwrite("compute", &PolicyModel::compute)
+      .def_readwrite("served", &PolicyModel::served);
   py::class_<ModePolicy>(m, "ModePolicy")
-      .def(py::init<PolicyModel>(), py::arg("model"))
+      .def(py::init([](PolicyModel model, bool timed) { return ModePolicy(std::move(model), PolicyOptions{}, timed); }),
+           py::arg("model"), py::arg("timed") = true)
       .def("enter", [](ModePolicy& p, int layer, double rows, double now) { return p.enter(layer, rows, now) == Mode::cas; },
            py::arg("layer"), py::arg("rows"), py::arg("now"))
       .def("leave", &ModePolicy::leave, py::arg("now"))
+      .def("learn", [](ModePolicy& p, bool cas, double rows, double took, double inside) {
+             p.learn(cas ? Mode::cas : Mode::was, rows, took, inside);
+           }, py::arg("cas"), py::arg("rows"), py::arg("took"), py::arg("inside"))
       .def("set_link", &ModePolicy::set_link)
       .def("set_fused_factor", &ModePolicy::set_fused_factor)
       .def_property_readonly("mode", [](const ModePolicy& p) { return mode_name(p.mode()); })
@@ -194,4 +200,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("with_cuda") = false;
 #endif
   sidp::bind_cas_cpu(m);
+#ifdef SIDP_WITH_CUDA
+  sidp::bind_cas_cuda(m);
+#endif
 }

@@ -35,7 +35,8 @@ Prediction predict(const PolicyModel& model, double rows, double outside_s) {
   const double link = model.link_bytes_per_s;
   p.fetch_s = link > 0 ? model.fetch_bytes / link : 0;
   p.was_s = std::max(p.fetch_s, outside_s + model.layers * model.compute.at(rows));
-  const double served = model.compute.at(rows * model.fused_factor) * model.owner_share;
+  const double fused = rows * model.fused_factor;
+  const double served = model.served.empty() ? model.compute.at(fused) * model.owner_share : model.served.at(fused);
   const double travel = model.round_trip_s + (link > 0 ? rows * model.row_bytes / link : 0);
   p.cas_s = outside_s + (model.layers - model.remote_layers) * model.compute.at(rows) +
             model.remote_layers * (served + travel);
@@ -80,19 +81,21 @@ void ModePolicy::leave(double now) {
   current_.inside += now - entered_;
 }
 
-// Learns from an iteration that went through all layers.
 void ModePolicy::close_iteration() {
   ++iterations_;
   ++since_switch_;
   // The first iteration in a mode pays for the switch: the ring is cold, the servers asleep.
-  if (current_.calls != model_.layers || since_switch_ < 2) return;
-  const double took = current_.end - current_.begin;
-  const double outside = std::max(0.0, took - current_.inside);
+  if (timed_ && current_.calls == model_.layers && since_switch_ >= 2)
+    learn(mode_, current_.rows, current_.end - current_.begin, current_.inside);
+}
+
+void ModePolicy::learn(Mode mode, double rows, double took, double inside) {
+  const double outside = std::max(0.0, took - inside);
   outside_s_ = outside_s_ == 0 ? outside : 0.75 * outside_s_ + 0.25 * outside;
-  const Prediction p = predict(model_, current_.rows, outside_s_);
-  const double predicted = mode_ == Mode::was ? p.was_s : p.cas_s;
+  const Prediction p = predict(model_, rows, outside_s_);
+  const double predicted = mode == Mode::was ? p.was_s : p.cas_s;
   if (predicted <= 0) return;
-  double& correction = correction_[static_cast<int>(mode_)];
+  double& correction = correction_[static_cast<int>(mode)];
   correction = 0.75 * correction + 0.25 * std::clamp(took / predicted, 0.1, 10.0);
 }
 

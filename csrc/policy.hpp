@@ -19,6 +19,7 @@ class TimeTable {
   // (rows, seconds), ascending in rows; ConfigError where they are not, or a time is not positive.
   explicit TimeTable(std::vector<std::pair<double, double>> points);
 
+  bool empty() const { return points_.empty(); }
   // Below the first point its time; beyond the last one in proportion to the rows.
   double at(double rows) const;
 
@@ -37,6 +38,7 @@ struct PolicyModel {
   double owner_share = 1;       // of a layer that one owner computes: 1/D in `striped`
   double fused_factor = 1;      // rows of the batches that this rank's requests are fused into, by its own rows
   TimeTable compute;
+  TimeTable served;             // of a request by rows, as its owner answers it; empty: `compute` times `owner_share`
 };
 
 struct Prediction {
@@ -59,15 +61,19 @@ struct PolicyOptions {
 };
 
 // Feeds on the calls of one rank: enter() before each FFN call, leave() after it. An iteration ends where the layer numbers
-// stop ascending. What is predicted is corrected by what iterations in that mode really took.
+// stop ascending. What is predicted is corrected by what iterations in that mode really took: by the times of these calls, or
+// (`timed` false, where calls only enqueue work) by what learn() is told later.
 class ModePolicy {
  public:
-  ModePolicy(PolicyModel model, PolicyOptions options) : model_(std::move(model)), options_(options), dwell_(options.dwell) {}
+  ModePolicy(PolicyModel model, PolicyOptions options, bool timed = true)
+      : model_(std::move(model)), options_(options), timed_(timed), dwell_(options.dwell) {}
   explicit ModePolicy(PolicyModel model) : ModePolicy(std::move(model), PolicyOptions{}) {}
 
   // `now` in seconds of any steady clock. The mode holds until the iteration ends.
   Mode enter(int layer, double rows, double now);
   void leave(double now);
+  // An iteration through all layers in `mode` took `took` seconds, `inside` of them in FFN calls.
+  void learn(Mode mode, double rows, double took, double inside);
 
   void set_link(double bytes_per_s) { model_.link_bytes_per_s = bytes_per_s; }
   void set_fused_factor(double factor) { model_.fused_factor = factor < 1 ? 1 : factor; }
@@ -95,6 +101,7 @@ class ModePolicy {
 
   PolicyModel model_;
   PolicyOptions options_;
+  bool timed_;
   Mode mode_ = Mode::was;
   Iteration current_;
   double entered_ = 0;

@@ -63,6 +63,7 @@ __device__ inline void complete_batch(const ServerArguments& args, const Batch& 
     progress.inner = 0;
     progress.finished = 0;
     args.state->counters.batches += 1;
+    args.state->counters.fused_batches += batch.requests > 1;
     args.state->counters.requests += batch.requests;
     args.state->counters.rows += batch.rows;
     args.state->counters.busy_ns += service_ns;

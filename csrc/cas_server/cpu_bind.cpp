@@ -27,22 +27,6 @@ std::vector<std::byte*> regions_at(const std::vector<std::uintptr_t>& addresses)
   return regions;
 }
 
-Dtype dtype_from(const std::string& name) {
-  if (name == "bfloat16") return Dtype::kBFloat16;
-  if (name == "float16") return Dtype::kFloat16;
-  if (name == "float32") return Dtype::kFloat32;
-  throw ConfigError("CaS knows float32, bfloat16 and float16, got '" + name + "'");
-}
-
-Activation activation_from(const std::string& name) {
-  if (name == "silu") return Activation::silu;
-  if (name == "gelu") return Activation::gelu;
-  if (name == "gelu_tanh" || name == "gelu_new") return Activation::gelu_tanh;
-  if (name == "relu") return Activation::relu;
-  if (name == "relu2") return Activation::relu2;
-  throw ConfigError("CaS does not know the activation '" + name + "'");
-}
-
 using MatrixArguments = std::tuple<std::uintptr_t, std::int64_t, bool>;  // address (0: none), pitch, transposed
 
 Matrix matrix_from(const MatrixArguments& m) { return {bytes_at(std::get<0>(m)), std::get<1>(m), std::get<2>(m)}; }

@@ -20,17 +20,17 @@ void apply(float* values, std::size_t count, Function function) {
 
 void activate(Activation activation, float* values, std::size_t count) {
   switch (activation) {
-    case Activation::silu:
+    case Activation::kSilu:
       return apply(values, count, [](float v) { return v / (1.0f + std::exp(-v)); });
-    case Activation::gelu:
+    case Activation::kGelu:
       return apply(values, count, [](float v) { return 0.5f * v * (1.0f + std::erf(v * 0.70710678118654752f)); });
-    case Activation::gelu_tanh:
+    case Activation::kGeluTanh:
       return apply(values, count, [](float v) {
         return 0.5f * v * (1.0f + std::tanh(0.79788456080286536f * (v + 0.044715f * v * v * v)));
       });
-    case Activation::relu:
+    case Activation::kRelu:
       return apply(values, count, [](float v) { return v < 0.0f ? 0.0f : v; });  // a NaN stays
-    case Activation::relu2:
+    case Activation::kRelu2:
       return apply(values, count, [](float v) { return v < 0.0f ? 0.0f : v * v; });
   }
 }

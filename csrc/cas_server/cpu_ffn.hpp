@@ -6,12 +6,11 @@
 #include <memory>
 #include <vector>
 
+#include "activation.hpp"
 #include "blas.hpp"
 #include "mailbox.hpp"
 
 namespace sidp::cas::cpu {
-
-enum class Activation : std::uint32_t { silu = 0, gelu = 1, gelu_tanh = 2, relu = 3, relu2 = 4 };
 
 std::size_t element_bytes(Dtype dtype);
 
@@ -26,7 +25,7 @@ struct Matrix {
 struct FfnSlice {
   std::uint32_t hidden = 0;
   std::uint32_t inner = 0;
-  Activation activation = Activation::silu;
+  Activation activation = Activation::kSilu;
   Dtype dtype = Dtype::kFloat32;
   Matrix gate, up, down;
   const std::byte* gate_bias = nullptr;

@@ -27,42 +27,52 @@ CudaRequester::CudaRequester(const CudaRequesterConfig& config, const Geometry& 
   arguments_.hidden = config.hidden;
   arguments_.dtype = config.dtype;
   SIDP_CUDA_CHECK(preload_requester_kernels());
+  SIDP_CUDA_CHECK(cudaStreamCreateWithFlags(&counter_stream_, cudaStreamNonBlocking));
   SIDP_CUDA_CHECK(cudaDeviceSynchronize());  // the zeroed states; streams that wait for no other come next
 }
 
-void CudaRequester::check(std::uint32_t first_owner, std::uint32_t owners, const void* rows_pointer,
-                          std::uint32_t rows) const {
-  SIDP_REQUIRE(rows >= 1 && rows <= geometry_.max_rows, LayoutError, rows, " rows are not in 1..", geometry_.max_rows,
-               "; send more in pieces, none not at all");
-  SIDP_REQUIRE(rows_pointer != nullptr, LayoutError, "the rows are a null pointer");
-  for (std::uint32_t owner = first_owner; owner < first_owner + owners; ++owner)
+CudaRequester::~CudaRequester() {
+  if (counter_stream_ != nullptr) cudaStreamDestroy(counter_stream_);
+}
+
+void CudaRequester::check(const RowsArgument& rows) const {
+  SIDP_REQUIRE(rows.count >= 1 && rows.count <= geometry_.max_rows, LayoutError, rows.count, " rows are not in 1..",
+               geometry_.max_rows, "; send more in pieces, none not at all");
+  SIDP_REQUIRE(rows.rows != nullptr, LayoutError, "the rows are a null pointer");
+  for (std::uint32_t owner = rows.first_owner; owner < rows.first_owner + rows.owners; ++owner)
     SIDP_REQUIRE(owner < geometry_.world && arguments_.owner_region[owner] != nullptr, ConfigError, "owner ", owner,
                  " has no region here");
 }
 
-void CudaRequester::push(std::uint32_t owner, std::uint32_t layer, const void* x, std::uint32_t rows,
-                         std::uint64_t pitch_bytes, cudaStream_t stream) {
-  check(owner, 1, x, rows);
-  SIDP_CUDA_CHECK(
-      launch_push(arguments_, RowsArgument{const_cast<void*>(x), pitch_bytes, rows, layer, owner, 1}, false, stream));
+void CudaRequester::push(const RowsArgument& rows, bool striped, cudaStream_t stream) {
+  check(rows);
+  SIDP_CUDA_CHECK(launch_push(arguments_, rows, striped, stream));
 }
 
-void CudaRequester::wait(std::uint32_t owner, void* y, std::uint32_t rows, std::uint64_t pitch_bytes,
-                         cudaStream_t stream) {
-  check(owner, 1, y, rows);
-  SIDP_CUDA_CHECK(launch_wait(arguments_, RowsArgument{y, pitch_bytes, rows, 0, owner, 1}, false, stream));
+void CudaRequester::wait(const RowsArgument& rows, bool striped, cudaStream_t stream) {
+  check(rows);
+  SIDP_CUDA_CHECK(launch_wait(arguments_, rows, striped, stream));
 }
 
-void CudaRequester::push_all(std::uint32_t layer, const void* x, std::uint32_t rows, std::uint64_t pitch_bytes,
-                             cudaStream_t stream) {
-  check(0, geometry_.world, x, rows);
-  SIDP_CUDA_CHECK(launch_push(
-      arguments_, RowsArgument{const_cast<void*>(x), pitch_bytes, rows, layer, 0, geometry_.world}, true, stream));
-}
-
-void CudaRequester::wait_all(void* y, std::uint32_t rows, std::uint64_t pitch_bytes, cudaStream_t stream) {
-  check(0, geometry_.world, y, rows);
-  SIDP_CUDA_CHECK(launch_wait(arguments_, RowsArgument{y, pitch_bytes, rows, 0, 0, geometry_.world}, true, stream));
+RequesterCounters CudaRequester::counters() const {
+  const DeviceGuard guard(config_.device);
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;  // somebody may be capturing meanwhile
+  SIDP_CUDA_CHECK(cudaThreadExchangeStreamCaptureMode(&mode));
+  std::vector<RequesterState> states(geometry_.world);
+  const cudaError_t copied = cudaMemcpyAsync(states.data(), states_.as<void>(), sizeof(RequesterState) * states.size(),
+                                             cudaMemcpyDeviceToHost, counter_stream_);
+  const cudaError_t done = cudaStreamSynchronize(counter_stream_);
+  SIDP_CUDA_CHECK(cudaThreadExchangeStreamCaptureMode(&mode));
+  SIDP_CUDA_CHECK(copied);
+  SIDP_CUDA_CHECK(done);
+  RequesterCounters sum = {};
+  for (const RequesterState& state : states) {
+    sum.requests += state.counters.requests;
+    sum.rows += state.counters.rows;
+    sum.batch_rows += state.counters.batch_rows;
+    sum.service_ns += state.counters.service_ns;
+  }
+  return sum;
 }
 
 void CudaRequester::abort() { __atomic_store_n(&host_memory_.as<RequesterHostWords>()->abort, 1u, __ATOMIC_RELEASE); }

@@ -141,6 +141,7 @@ __global__ void __launch_bounds__(kCopyThreads) push_rows(const __grid_constant_
 struct Expected {
   u32 owner;
   u64 sequence;
+  const ReplyRecord* reply;
   Fault fault;
   u32 status;
 };
@@ -148,7 +149,8 @@ struct Expected {
 // R5: the reply's sequence, status and rows are written as one and read as one.
 __device__ Expected wait_reply(const RequesterArguments& args, u32 owner, u32 rows) {
   const u64 sequence = *const_cast<const volatile u64*>(&args.states[owner].consumed) + 1;
-  const void* reply = args.region + args.geometry.reply(owner, slot_of(sequence, args.geometry.slots));
+  const auto* reply = reinterpret_cast<const ReplyRecord*>(
+      args.region + args.geometry.reply(owner, slot_of(sequence, args.geometry.slots)));
   Pair pair = {};
   Fault fault = wait_bounded(args, [&] {
     pair = load_pair_acquire_sys(reply);
@@ -158,7 +160,7 @@ __device__ Expected wait_reply(const RequesterArguments& args, u32 owner, u32 ro
   if (fault == Fault::kNone && pair.first != sequence) fault = Fault::kSequence;
   if (fault == Fault::kNone && status != static_cast<u32>(Status::kOk)) fault = Fault::kRefused;
   if (fault == Fault::kNone && answered != rows) fault = Fault::kSequence;
-  return Expected{owner, sequence, fault, status};
+  return Expected{owner, sequence, reply, fault, status};
 }
 
 #else
@@ -284,6 +286,15 @@ __device__ void sum_rows(const RequesterArguments& args, const RowsArgument& row
   }
 }
 
+// Nobody shall take for a result what is none.
+__device__ void fill_with_nan(const RequesterArguments& args, const RowsArgument& rows) {
+  const u32 first = blockIdx.x * blockDim.x + threadIdx.x, threads = gridDim.x * blockDim.x;
+  for (u32 i = first; i < rows.count * args.hidden; i += threads) {
+    const u32 row = i / args.hidden, column = i - row * args.hidden;
+    reinterpret_cast<u16*>(static_cast<std::uint8_t*>(rows.rows) + row * rows.pitch_bytes)[column] = 0x7fff;  // in both dtypes
+  }
+}
+
 __global__ void __launch_bounds__(kCopyThreads) wait_rows(const __grid_constant__ RequesterArguments args,
                                                           const __grid_constant__ RowsArgument rows, bool striped) {
   __shared__ const std::uint8_t* replies[kMaxWorld];
@@ -299,6 +310,7 @@ __global__ void __launch_bounds__(kCopyThreads) wait_rows(const __grid_constant_
   if (!__syncthreads_and(expected.fault == Fault::kNone)) {
     if (waits && expected.fault != Fault::kNone)
       report(args, expected.fault, expected.status, expected.owner, expected.sequence);
+    fill_with_nan(args, rows);
     return;
   }
   if (!striped) {  // R6
@@ -315,17 +327,23 @@ __global__ void __launch_bounds__(kCopyThreads) wait_rows(const __grid_constant_
   }
   if (!__syncthreads_and(expected.fault == Fault::kNone)) {
     if (waits && expected.fault != Fault::kNone) report(args, expected.fault, 0, expected.owner, expected.sequence);
+    fill_with_nan(args, rows);
     return;
   }
   auto all_fit = [&] { return __syncthreads_and(!waits || reply_fits(args, expected, rows.count)) != 0; };
   if (!striped) {  // R6
     if (!copy_rows(static_cast<std::uint8_t*>(rows.rows), rows.pitch_bytes, replies[0], args.geometry.reply_row_bytes,
-                   rows.count, args.hidden * 2, all_fit))
+                   rows.count, args.hidden * 2, all_fit)) {
+      fill_with_nan(args, rows);
       return;
+    }
 #endif
   } else {
 #if !defined(SIDP_CAS_FAST)
-    if (!all_fit()) return;
+    if (!all_fit()) {
+      fill_with_nan(args, rows);
+      return;
+    }
 #endif
     if (args.dtype == Dtype::kFloat16)
       sum_rows<__half>(args, rows, replies);
@@ -339,6 +357,11 @@ __global__ void __launch_bounds__(kCopyThreads) wait_rows(const __grid_constant_
     if (add_acq_rel_gpu(&head.wait_arrivals, 1) != gridDim.x - 1) return;
     head.wait_arrivals = 0;
   }
+  const volatile ReplyRecord* reply = expected.reply;  // thread 0 waited for the first owner
+  head.counters.requests += 1;
+  head.counters.rows += rows.count;
+  head.counters.batch_rows += reply->batch_rows;
+  head.counters.service_ns += reply->service_ns;
   for (u32 i = 0; i < rows.owners; ++i) {  // R7
     u64* consumed = &args.states[rows.first_owner + i].consumed;
     store_release_gpu(consumed, *const_cast<volatile u64*>(consumed) + 1);

@@ -14,12 +14,21 @@
 namespace sidp {
 namespace cas {
 
+// What a requester has had answered.
+struct RequesterCounters {
+  std::uint64_t requests;
+  std::uint64_t rows;
+  std::uint64_t batch_rows;  // rows of the batches that its requests were fused into
+  std::uint64_t service_ns;  // from election to reply
+};
+
 // Device memory, one per owner. `pushed` is written by push kernels, `consumed` by wait kernels, in stream order.
 struct alignas(128) RequesterState {
   std::uint64_t pushed;
   std::uint32_t push_arrivals;  // CTAs of the running push; 0 in between
   alignas(64) std::uint64_t consumed;
   std::uint32_t wait_arrivals;
+  RequesterCounters counters;  // of the requests whose first owner this is
 };
 
 // Pinned host memory, mapped.
@@ -42,6 +51,16 @@ struct RequesterArguments {
   Dtype dtype;
 };
 
+// Rows [count, hidden] `pitch_bytes` apart, 1 <= count <= max_rows: those of a request, or those of its result.
+struct RowsArgument {
+  void* rows;
+  std::uint64_t pitch_bytes;
+  std::uint32_t count;
+  std::uint32_t layer;
+  std::uint32_t first_owner;
+  std::uint32_t owners;  // 1: `layer`; more: `striped`
+};
+
 struct CudaRequesterConfig {
   int device = 0;
   std::uint64_t pool_id = 0;
@@ -57,41 +76,34 @@ class CudaRequester {
   // where nothing will be sent.
   CudaRequester(const CudaRequesterConfig& config, const Geometry& geometry, void* region,
                 std::vector<void*> owner_regions);
+  ~CudaRequester();
+  CudaRequester(const CudaRequester&) = delete;
+  CudaRequester& operator=(const CudaRequester&) = delete;
 
-  // Enqueues on `stream`: rows x [rows, hidden], rows `pitch_bytes` apart, 1 <= rows <= max_rows, to one owner. Returns
-  // without waiting. Pushes of one requester to one owner must be ordered by their streams, waits likewise.
-  void push(std::uint32_t owner, std::uint32_t layer, const void* x, std::uint32_t rows, std::uint64_t pitch_bytes,
-            cudaStream_t stream);
-  // The results of the oldest request to `owner` not yet waited for, into y [rows, hidden].
-  void wait(std::uint32_t owner, void* y, std::uint32_t rows, std::uint64_t pitch_bytes, cudaStream_t stream);
+  // Enqueues on `stream` and returns at once. Pushes of one requester to one owner must be ordered by their streams, waits
+  // likewise. `striped`: to several owners, the result is the float32 sum of their partial results in the order of the owners.
+  void push(const RowsArgument& rows, bool striped, cudaStream_t stream);
+  // The results of the oldest request to these owners that was not waited for. Where the wait fails, rows of NaN.
+  void wait(const RowsArgument& rows, bool striped, cudaStream_t stream);
 
-  // `striped`: to all owners; and the float32 sum of their partial results in the order of the owners.
-  void push_all(std::uint32_t layer, const void* x, std::uint32_t rows, std::uint64_t pitch_bytes, cudaStream_t stream);
-  void wait_all(void* y, std::uint32_t rows, std::uint64_t pitch_bytes, cudaStream_t stream);
-
+  std::uint32_t world() const { return geometry_.world; }
   void abort();                // every wait gives up, with Fault::kAborted
   std::uint64_t error() const;  // error_word() of the first fault, 0: none; cheap, may be asked at any time
   void throw_if_failed() const;  // PeerError or LayoutError
+  RequesterCounters counters() const;  // waits for a small copy, never for the engine's streams
 
  private:
-  void check(std::uint32_t first_owner, std::uint32_t owners, const void* rows_pointer, std::uint32_t rows) const;
+  void check(const RowsArgument& rows) const;
 
   CudaRequesterConfig config_;
   Geometry geometry_;
   DeviceMemory states_;
   MappedHostMemory host_memory_;
   RequesterArguments arguments_ = {};
+  cudaStream_t counter_stream_ = nullptr;
 };
 
 // The kernels' launchers (cuda_requester.cu).
-struct RowsArgument {
-  void* rows;
-  std::uint64_t pitch_bytes;
-  std::uint32_t count;
-  std::uint32_t layer;
-  std::uint32_t first_owner;
-  std::uint32_t owners;  // 1: `layer`; more: `striped`
-};
 cudaError_t preload_requester_kernels();
 cudaError_t launch_push(const RequesterArguments& arguments, const RowsArgument& rows, bool striped, cudaStream_t stream);
 cudaError_t launch_wait(const RequesterArguments& arguments, const RowsArgument& rows, bool striped, cudaStream_t stream);

@@ -191,6 +191,7 @@ void CudaServer::serve_until_stopped() {
     const ServeLaunch launch{path_, config_.dtype, config_.sms, stream_};
     bool queued[2] = {false, false};
     for (unsigned turn = 0; !stopping_; turn ^= 1) {
+      if (config_.each_turn) config_.each_turn();
       if (queued[turn]) SIDP_CUDA_CHECK(cudaEventSynchronize(ended_[turn]));
       SIDP_CUDA_CHECK(launch_watch(arguments_, nanoseconds(config_.watch_ms), stream_));
       SIDP_CUDA_CHECK(launch_serve(launch, arguments_));
@@ -199,8 +200,8 @@ void CudaServer::serve_until_stopped() {
     }
     SIDP_CUDA_CHECK(cudaStreamSynchronize(stream_));
   } catch (const std::exception& error) {
-    const std::lock_guard<std::mutex> lock(mutex_);
     failure_ = error.what();
+    failed_.store(true, std::memory_order_release);
   }
 }
 
@@ -208,19 +209,17 @@ void CudaServer::retire(std::uint32_t requester) {
   __atomic_fetch_or(&host_memory_.as<ServerHostWords>()->retired, 1u << requester, __ATOMIC_ACQ_REL);
 }
 
-std::string CudaServer::failure() const {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  return failure_;
-}
-
-ServerCounters CudaServer::counters() const {
+void CudaServer::throw_if_failed() const {
   const auto* host = host_memory_.as<ServerHostWords>();
   const std::uint32_t fault = __atomic_load_n(&host->fault, __ATOMIC_ACQUIRE);
   SIDP_REQUIRE(fault == 0, Error, "the CaS server of rank ", config_.rank, " failed: ", fault_text(fault), " (detail ",
                host->fault_detail, ")");
-  const std::string reason = failure();
-  SIDP_REQUIRE(reason.empty(), Error, "the CaS server of rank ", config_.rank, " failed: ", reason);
-  return host->counters;
+  SIDP_REQUIRE(!failed_.load(std::memory_order_acquire), Error, "the CaS server of rank ", config_.rank, " failed: ", failure_);
+}
+
+ServerCounters CudaServer::counters() const {
+  throw_if_failed();
+  return host_memory_.as<ServerHostWords>()->counters;
 }
 
 }  // namespace cas

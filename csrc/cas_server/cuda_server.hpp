@@ -4,7 +4,7 @@
 
 #include <atomic>
 #include <cstdint>
-#include <mutex>
+#include <functional>
 #include <string>
 #include <thread>
 #include <vector>
@@ -30,6 +30,7 @@ struct CudaServerConfig {
   double watch_ms = 5.0;   // life of the one-warp kernel that waits in between
   double stall_s = 20.0;   // a wait inside the kernel that takes longer is a fault
   bool plain = false;      // the path for sm_80 even where sm_90a would run
+  std::function<void()> each_turn;  // called by the launching thread, every few milliseconds
 };
 
 // Weights in Linear layout, row-major and contiguous: gate, up [intermediate, hidden], down [hidden, intermediate], of the
@@ -65,14 +66,14 @@ class CudaServer {
   void stop();
   void retire(std::uint32_t requester);  // a requester that died or left
 
-  // Of the launches that have ended. Throws sidp::Error with the reason where the server has failed.
-  ServerCounters counters() const;
+  ServerCounters counters() const;  // of the launches that have ended
+  void throw_if_failed() const;     // sidp::Error with the reason; cheap
+
   bool uses_sm90() const { return path_ == ServePath::kSm90; }
 
  private:
   void make_maps(UnitRecord& unit) const;
   void serve_until_stopped();
-  std::string failure() const;
 
   CudaServerConfig config_;
   Geometry geometry_;
@@ -85,8 +86,8 @@ class CudaServer {
   cudaEvent_t ended_[2] = {};
   std::thread thread_;
   std::atomic<bool> stopping_{false};
-  mutable std::mutex mutex_;  // guards failure_
-  std::string failure_;
+  std::atomic<bool> failed_{false};
+  std::string failure_;  // written before failed_ is set
 };
 
 }  // namespace cas

@@ -6,12 +6,11 @@
 
 #include <cstdint>
 
+#include "activation.hpp"
 #include "mailbox.hpp"
 
 namespace sidp {
 namespace cas {
-
-enum class Activation : std::uint32_t { kSilu = 0, kGelu = 1, kGeluTanh = 2, kRelu = 3, kRelu2 = 4 };
 
 // Fused rows are padded to one of these (the N of wgmma).
 constexpr std::uint32_t kWidths = 5;
@@ -84,6 +83,7 @@ struct alignas(128) Headline {
 
 struct ServerCounters {
   std::uint64_t batches;
+  std::uint64_t fused_batches;  // of more than one request
   std::uint64_t requests;
   std::uint64_t rows;
   std::uint64_t refused;

@@ -182,13 +182,16 @@ struct Rank {
     if (o.start) server->start();
   }
 
+  // Whole requests go to the layer's owner, in `striped` to all.
+  RowsArgument target(unsigned l, const void* rows, unsigned count) const {
+    return {const_cast<void*>(rows), kHidden * 2, count, l, options.striped ? 0 : l % options.world,
+            options.striped ? options.world : 1};
+  }
   void push(unsigned l, const void* x, unsigned rows, cudaStream_t s) {
-    options.striped ? requester->push_all(l, x, rows, kHidden * 2, s)
-                    : requester->push(l % options.world, l, x, rows, kHidden * 2, s);
+    requester->push(target(l, x, rows), options.striped, s);
   }
   void wait(unsigned l, void* y, unsigned rows, cudaStream_t s) {
-    options.striped ? requester->wait_all(y, rows, kHidden * 2, s)
-                    : requester->wait(l % options.world, y, rows, kHidden * 2, s);
+    requester->wait(target(l, y, rows), options.striped, s);
   }
 };
 
@@ -400,8 +403,8 @@ void run_faults() {
   Request bad(3, 2, random), late(0, 2, random);
   Rank& rank = *group.ranks[0];
   // Layer 3 belongs to rank 1; rank 0's server refuses it.
-  rank.requester->push(0, 3, bad.x_device.as<void>(), 2, kHidden * 2, rank.stream.stream);
-  rank.requester->wait(0, bad.y_device.as<void>(), 2, kHidden * 2, rank.stream.stream);
+  rank.requester->push({bad.x_device.as<void>(), kHidden * 2, 2, 3, 0, 1}, false, rank.stream.stream);
+  rank.requester->wait({bad.y_device.as<void>(), kHidden * 2, 2, 3, 0, 1}, false, rank.stream.stream);
   SIDP_CUDA_CHECK(cudaStreamSynchronize(rank.stream.stream));
   bool refused = false;
   try {
