@@ -164,6 +164,7 @@ void bind_policy(py::module_& m) {
       .def("learn", [](ModePolicy& p, bool cas, double rows, double took, double inside) {
              p.learn(cas ? Mode::cas : Mode::was, rows, took, inside);
            }, py::arg("cas"), py::arg("rows"), py::arg("took"), py::arg("inside"))
+      .def("best_is_cas", [](const ModePolicy& p, double rows) { return p.best(rows) == Mode::cas; }, py::arg("rows"))
       .def("set_link", &ModePolicy::set_link)
       .def("set_fused_factor", &ModePolicy::set_fused_factor)
       .def_property_readonly("mode", [](const ModePolicy& p) { return mode_name(p.mode()); })

@@ -99,10 +99,20 @@ void ModePolicy::learn(Mode mode, double rows, double took, double inside) {
   correction = 0.75 * correction + 0.25 * std::clamp(took / predicted, 0.1, 10.0);
 }
 
+Prediction ModePolicy::corrected(double rows) const {
+  Prediction p = predict(model_, rows, outside_s_);
+  p.was_s *= correction_[static_cast<int>(Mode::was)];
+  p.cas_s *= correction_[static_cast<int>(Mode::cas)];
+  return p;
+}
+
+Mode ModePolicy::best(double rows) const {
+  const Prediction p = corrected(rows);
+  return p.cas_s < p.was_s ? Mode::cas : Mode::was;
+}
+
 void ModePolicy::decide(double rows) {
-  last_ = predict(model_, rows, outside_s_);
-  last_.was_s *= correction_[static_cast<int>(Mode::was)];
-  last_.cas_s *= correction_[static_cast<int>(Mode::cas)];
+  last_ = corrected(rows);
   last_rows_ = rows;
   if (since_switch_ < dwell_) return;
   const double here = mode_ == Mode::was ? last_.was_s : last_.cas_s;

@@ -78,6 +78,8 @@ class ModePolicy {
   void set_link(double bytes_per_s) { model_.link_bytes_per_s = bytes_per_s; }
   void set_fused_factor(double factor) { model_.fused_factor = factor < 1 ? 1 : factor; }
 
+  // What is expected to be faster, without hysteresis: for a graph that is captured once for so many rows.
+  Mode best(double rows) const;
   Mode mode() const { return mode_; }
   std::uint64_t iterations() const { return iterations_; }
   std::uint64_t switches() const { return switches_; }
@@ -96,6 +98,7 @@ class ModePolicy {
   };
 
   void close_iteration();
+  Prediction corrected(double rows) const;
   void decide(double rows);
   void switch_to(Mode mode);
 

@@ -94,6 +94,7 @@ void bind_cas_cuda(py::module_& m) {
       .def("stop", &CudaCas::stop, NoGil())
       .def("requester_counters", &CudaCas::requester_counters, NoGil())
       .def("server_counters", &CudaCas::server_counters)
+      .def_property_readonly("workspace_bytes", &CudaCas::workspace_bytes)
       .def_property_readonly("retired", &CudaCas::retired)
       .def_property_readonly("uses_sm90", &CudaCas::uses_sm90);
 }

@@ -110,6 +110,7 @@ void CudaCas::check() const {
 }
 
 void CudaCas::stop() {
+  if (requester_ != nullptr) requester_->abort();  // whoever still waits waits in vain
   if (server_ != nullptr) server_->stop();
 }
 

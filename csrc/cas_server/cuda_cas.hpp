@@ -60,6 +60,7 @@ class CudaCas {
 
   RequesterCounters requester_counters() const { return requester_->counters(); }
   ServerCounters server_counters() const { return server_->counters(); }
+  std::size_t workspace_bytes() const { return server_->workspace_bytes(); }
   std::uint32_t retired() const { return retired_; }
   bool uses_sm90() const { return server_->uses_sm90(); }
 

@@ -62,12 +62,17 @@ CudaServer::CudaServer(const CudaServerConfig& config, const Geometry& geometry,
 
   const std::size_t inner_stride = round_up(std::size_t(config.intermediate) * 2, 128);
   const std::size_t gathered_bytes = round_up(std::size_t(config.hidden) * 2 * kMaxBatchRows, 256);
-  unit_memory_ = DeviceMemory(sizeof(UnitRecord) * std::max(config.layers, 1u));
-  state_ = DeviceMemory(sizeof(ServerState));
-  gathered_ = DeviceMemory(2 * gathered_bytes);
-  inner_ = DeviceMemory(2 * inner_stride * kMaxBatchRows);
-  partials_ = DeviceMemory(path_ == ServePath::kSm90 ? std::size_t(5) * config.sms * kTileRows * kMaxBatchRows * 4 : 4);
-  flags_ = DeviceMemory(std::size_t(4) * config.sms * 2 * sizeof(std::uint32_t));
+  const auto take = [this](DeviceMemory& memory, std::size_t bytes) {
+    memory = DeviceMemory(bytes);
+    workspace_bytes_ += bytes;
+  };
+  const std::size_t partial_rows = path_ == ServePath::kSm90 ? std::size_t(5) * config.sms * kTileRows * kMaxBatchRows : 1;
+  take(unit_memory_, sizeof(UnitRecord) * std::max(config.layers, 1u));
+  take(state_, sizeof(ServerState));
+  take(gathered_, 2 * gathered_bytes);
+  take(inner_, std::max<std::size_t>(2 * inner_stride * kMaxBatchRows, 1));
+  take(partials_, partial_rows * sizeof(float));
+  take(flags_, std::size_t(4) * config.sms * 2 * sizeof(std::uint32_t));
   host_memory_ = MappedHostMemory(sizeof(ServerHostWords));
   units_.resize(config.layers);
 

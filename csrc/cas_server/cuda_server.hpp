@@ -69,6 +69,7 @@ class CudaServer {
   ServerCounters counters() const;  // of the launches that have ended
   void throw_if_failed() const;     // sidp::Error with the reason; cheap
 
+  std::size_t workspace_bytes() const { return workspace_bytes_; }
   bool uses_sm90() const { return path_ == ServePath::kSm90; }
 
  private:
@@ -79,6 +80,7 @@ class CudaServer {
   Geometry geometry_;
   ServePath path_ = ServePath::kPlain;
   std::vector<UnitRecord> units_;
+  std::size_t workspace_bytes_ = 0;
   DeviceMemory unit_memory_, state_, gathered_, inner_, partials_, flags_;
   MappedHostMemory host_memory_;
   ServerArguments arguments_ = {};

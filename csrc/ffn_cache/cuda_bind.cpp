@@ -5,6 +5,7 @@
 #include <memory>
 #include <string>
 
+#include "cuda_rate.hpp"
 #include "cuda_ring.hpp"
 #include "../error.hpp"
 
@@ -85,6 +86,8 @@ void bind_cuda_ring(py::module_& m) {
       .def("stats", &CudaRing::stats)
       .def("start_trace", &CudaRing::start_trace, py::arg("capacity"))
       .def("trace", &trace_list);
+  m.def("cuda_copy_rate", &cache::cuda_copy_rate, py::arg("source"), py::arg("bytes"), py::arg("device"),
+        py::call_guard<py::gil_scoped_release>(), "Bytes per second of copies from `source`, by the copy engine.");
 }
 
 }  // namespace sidp

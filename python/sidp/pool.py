@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from . import cas, ops, policy
+from . import cas, cas_cpu, cas_cuda, ops, policy, policy_cuda
 from ._native import C
 from .agreement import agree, units_of
 from .config import FFNSpec, PoolConfig, Unit
 from .control import ControlPlane
+from .dispatch import Dispatch, wants_cas
 from .errors import ConfigError, PoolClosedError, SidpError
 from .memory import host_bytes
 from .shares import Index, Shares, unit_layout, unit_views
@@ -48,8 +49,7 @@ class WeightPool:
         self._tensors: list[dict[str, torch.Tensor]] = []
         self._on_close: list[Callable[[], None]] = []
         self._ring = None
-        self._cas: cas.CpuCas | None = None
-        self._policy: policy.AutoPolicy | None = None
+        self._dispatch: Dispatch | None = None
         try:
             self.units = units_of(specs)
             self._formulas = [unit.formula for unit in self.units]
@@ -95,8 +95,8 @@ class WeightPool:
         self._gpu = C.cuda_device_facts(self.device.index).uuid if self._on_gpu else ""
         if config.host_tier and not self._on_gpu:
             raise ConfigError("host_tier=True needs the CUDA backend: leave it False on the CPU")
-        if config.mode == "cas" and self._on_gpu:
-            raise ConfigError("mode='cas' is not offered on GPUs by this version: use 'was' or 'auto'")
+        if config.mode == "cas" and config.host_tier:
+            raise ConfigError("mode='cas' asks the owners' GPUs, and host_tier=True has none: use 'was' or 'auto'")
         if config.resident_layers > layers:
             raise ConfigError(f"resident_layers={config.resident_layers} is more than the {layers} layers of the pool")
         pooled = layers - config.resident_layers
@@ -107,16 +107,11 @@ class WeightPool:
             )
 
     def _agree(self) -> None:
-        replies = agree(self._control, self.units, self.config, cas=self._wants_cas(), gpu=self._gpu)
+        wish = wants_cas(self.config, self.units, self.world_size, self._on_gpu)
+        replies = agree(self._control, self.units, self.config, cas=wish, gpu=self._gpu)
         self._gpus = [reply["gpu"] for reply in replies]
         # The mode is each rank's own affair, but whoever wants CaS needs everybody's server.
-        self._cas_offered = any(reply["cas"] for reply in replies)
-
-    def _wants_cas(self) -> bool:
-        if self.config.mode == "cas":
-            cas.geometry(self.units, max(1, self.world_size), False)  # ConfigError where no layer can be served
-            return True
-        return self.config.mode == "auto" and not self._on_gpu and policy.auto_may_use_cas(self.units)
+        self._wants_cas, self._cas_offered = wish, any(reply["cas"] for reply in replies)
 
     def _plan(self) -> None:
         """Chooses placement and slots, and decides whether pooling pays at all."""
@@ -141,8 +136,11 @@ class WeightPool:
         self.placement = C.Placement(config.placement, layouts, plan_world, resident)
         self._local = self._local_layers(self.placement, self.rank) if self.active else [True] * self.num_layers
         self._geometry = None
-        if self.active and self._cas_offered:
-            self._geometry = cas.geometry(self.units, world, config.placement == "striped")
+        if self.active and self._cas_offered and self._somebody_is_remote():
+            self._geometry = cas.geometry(self.units, world, config.placement == "striped", self._on_gpu)
+
+    def _somebody_is_remote(self) -> bool:
+        return not all(all(self._local_layers(self.placement, rank)) for rank in range(self.world_size))
 
     def _local_layers(self, placement, rank: int) -> list[bool]:
         """By layer: whether ``rank`` reads it where it lies, without a fetch."""
@@ -181,14 +179,16 @@ class WeightPool:
         if not self.active:
             return LocalMemory(self.placement.arena_bytes(self._plan_rank), self.device)
         sizes = [self.placement.arena_bytes(rank) for rank in range(self.world_size)]
-        if self._on_gpu:
-            kind = HostTransport if self.config.host_tier else open_gpu_transport
-            return kind(self._control, sizes, self.device)
-        return ShmTransport(
-            self._control,
-            sizes,
-            0 if self._geometry is None else self._geometry.bytes,
-        )
+        region_bytes = 0 if self._geometry is None else self._geometry.bytes
+        if not self._on_gpu:
+            return ShmTransport(self._control, sizes, region_bytes)
+        if self.config.host_tier:
+            return HostTransport(self._control, sizes, self.device)
+        transport = open_gpu_transport(self._control, sizes, self.device, region_bytes)
+        if region_bytes and not transport.region_bytes:
+            logger.warning("sidp: CaS is off: no GPU can write to another's memory here")
+            self._geometry = None
+        return transport
 
     # ---- loading ------------------------------------------------------------------------------------------------------
 
@@ -242,11 +242,11 @@ class WeightPool:
             self._shares.check_complete()
             if self.active:
                 if self._geometry is not None:
-                    self._geometry.write_header(self._transport.own_region(), self._transport.pool_id)
+                    self._transport.write_region_header(self._geometry)
                 self._transport.connect()
                 self._ring = self._make_ring()
                 if self._geometry is not None:
-                    self._start_cas()
+                    self._dispatch = self._start_cas()
                 self._control.barrier("committed")
         except SidpError as error:
             self._control.fail(error)
@@ -256,16 +256,23 @@ class WeightPool:
         self._modes = ["local" if self._is_local(layer) else "was" for layer in range(self.num_layers)]
         self._committed = True
 
-    def _start_cas(self) -> None:
-        striped = self.config.placement == "striped"
-        blas = C.open_blas(cas.blas_libraries())
-        self._cas = cas.CpuCas(
-            self.units, self.placement, self.rank, self._geometry, striped, blas=blas, **self._transport.cas_arguments()
-        )
-        if self.config.mode == "cas":
-            self._ring.pause()
-        elif self._wants_cas():
-            self._policy = policy.start(self, self._cas, blas)
+    def _start_cas(self) -> Dispatch:
+        striped, chooser = self.config.placement == "striped", None
+        common = (self.units, self.placement, self.rank, self._geometry, striped)
+        chooses = self._wants_cas and self.config.mode == "auto"
+        arguments = self._transport.cas_arguments()
+        if self._on_gpu:
+            client = cas_cuda.CudaCas(*common, self._local, self.config.cas_sms, self.config.timeout_s, arguments)
+            if chooses:
+                chooser = policy_cuda.start(self, client, self._transport)
+        else:
+            blas = C.open_blas(cas_cpu.blas_libraries())
+            client = cas_cpu.CpuCas(*common, blas=blas, **arguments)
+            if chooses:
+                chooser = policy.start(self, client, blas)
+            elif self.config.mode == "cas":
+                self._ring.pause()
+        return Dispatch(self.config.mode, self.units, client, chooser, self.device.type)
 
     def _make_ring(self):
         if self._on_gpu:
@@ -368,21 +375,26 @@ class WeightPool:
         Raises:
             PeerError: a rank that is needed died or does not answer. PoolClosedError: the pool is closed.
         """
-        if self._cas is None:
+        if self._dispatch is None:
             return self._run_here(layer, own)
         self._check_layer(layer)
-        rows = x.numel() // x.shape[-1] if x.dim() and x.shape[-1] else 0
-        if self._policy is None:
-            if self.config.mode == "cas" and self._can_send(layer, x):
-                return self._compute(layer, x)
-            return self._run_here(layer, own)
-        chosen = self._policy.enter(layer, rows)
+        self._check_committed()
+        sends = self._dispatch.takes(layer, x)
         try:
-            if chosen and self._can_send(layer, x):
-                return self._compute(layer, x)
-            return self._run_here(layer, own)
+            return self._send(layer, x) if sends else self._run_here(layer, own)
         finally:
-            self._policy.leave()
+            self._dispatch.done()
+
+    def check(self) -> None:
+        """Raises what went wrong on the device since the last call; on GPUs calls return before their work is done.
+
+        Raises:
+            PeerError: a rank died or did not answer in time. PoolClosedError: the pool is closed.
+        """
+        self._check_committed()
+        self._control.watch.check("using the pool")
+        if self._dispatch is not None and self._on_gpu:
+            self._dispatch.client.check()
 
     def _run_here(self, layer: int, own: Callable[[dict[str, torch.Tensor]], torch.Tensor]) -> torch.Tensor:
         weights = self.acquire(layer)
@@ -391,20 +403,10 @@ class WeightPool:
         finally:
             self.release(layer)
 
-    def _can_send(self, layer: int, x: torch.Tensor) -> bool:
-        spec = self._formulas[layer]
-        return (
-            self._cas.reaches[layer]
-            and x.dtype is spec.dtype
-            and x.shape[-1] == spec.hidden_size
-            and not torch.is_autocast_enabled("cpu")
-        )
-
-    def _compute(self, layer: int, x: torch.Tensor) -> torch.Tensor:
-        self._check_committed()
+    def _send(self, layer: int, x: torch.Tensor) -> torch.Tensor:
         self._calls["cas"] += 1
         self._last, self._last_mode = layer, "cas"
-        return self._cas.forward(layer, x, self.config.timeout_s)
+        return self._dispatch.client.forward(layer, x, self.config.timeout_s)
 
     def _check_layer(self, layer: int) -> int:
         if not isinstance(layer, int) or not 0 <= layer < len(self.units):
@@ -427,6 +429,7 @@ class WeightPool:
         replicated = self.placement.replicated_bytes
         owned = self._kept_bytes(self.placement, self._plan_rank)
         ring_bytes = 0 if self._ring is None else self._ring.bytes
+        cas_bytes = self._dispatch.client.memory_bytes if self._dispatch is not None and self._on_gpu else 0
         stats = PoolStats(
             rank=self.rank,
             world_size=self.world_size,
@@ -435,7 +438,8 @@ class WeightPool:
             replicated_bytes=replicated,
             owned_bytes=owned,
             ring_bytes=ring_bytes,
-            freed_bytes=replicated - owned - ring_bytes,
+            cas_bytes=cas_bytes,
+            freed_bytes=replicated - owned - ring_bytes - cas_bytes,
             slots=self.slots,
             calls=dict(self._calls),
         )
@@ -444,22 +448,14 @@ class WeightPool:
             stats.last_mode_reason = self._why(self._last_mode)
         if self._ring is not None:
             stats.add_ring(self._ring.stats())
-        if self._cas is not None:
-            stats.add_cas(self._cas.requester_stats(), self._cas.server_stats())
-        if self._policy is not None:
-            stats.mode_switches = self._policy.switches
+        if self._dispatch is not None:
+            self._dispatch.add_to(stats)
         return stats
 
     def _why(self, mode: str) -> str:
         if mode == "local":
             return "the layer is here"
-        if self._policy is not None:
-            return self._policy.reason
-        if mode == "cas":
-            return "mode='cas' was asked for"
-        if self.config.mode == "cas":
-            return "CaS does not know this layer's formula, or the input is not what it takes: weights are fetched"
-        return "weights are fetched ahead of use"
+        return "weights are fetched ahead of use" if self._dispatch is None else self._dispatch.why(mode)
 
     def start_trace(self, capacity: int = 100_000) -> None:
         """Records what the ring does from now on, at most ``capacity`` events."""
@@ -474,17 +470,39 @@ class WeightPool:
     # ---- end ----------------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Collective, bounded and idempotent: serves the others until all have closed or died, then frees the memory."""
+        """Collective, bounded and idempotent: serves the others until all have closed or died, then frees the memory.
+
+        Raises (on GPUs) what went wrong in calls whose work the device had not done yet when they returned.
+        """
         if self._closed:
             return
         self._closed = True
+        failure = None
         try:
             if self._committed and self.active:
-                if self._on_gpu and self._ring is not None:
-                    self._ring.stop()  # nothing reads the peers' memory from here on
-                self._transport.serve_until_all_closed()
+                if self._on_gpu:
+                    failure = self._settle()
+                self._transport.serve_until_all_closed(self._stop_serving)
         finally:
             self._tear_down()
+        if failure is not None:
+            raise failure
+
+    def _settle(self) -> SidpError | None:
+        """Waits for what was enqueued: nothing reads the peers' memory afterwards. What went wrong in it."""
+        if self._ring is not None:
+            self._ring.stop()
+        torch.cuda.synchronize(self.device)
+        try:
+            if self._dispatch is not None:
+                self._dispatch.client.check()
+        except SidpError as error:
+            return error
+        return None
+
+    def _stop_serving(self) -> None:
+        if self._dispatch is not None:
+            self._dispatch.client.stop()
 
     def on_close(self, callback: Callable[[], None]) -> None:
         """Calls ``callback()`` when the pool closes or fails, before its memory goes, so that views can be dropped."""
@@ -495,13 +513,12 @@ class WeightPool:
         for callback in self._on_close:
             callback()
         self._on_close.clear()
-        if self._cas is not None:
-            self._cas.stop()
+        self._stop_serving()
         if self._ring is not None:
             self._ring.stop()
         self._tensors = []
         self._shares.memory = None
-        self._ring = self._cas = self._policy = None
+        self._ring = self._dispatch = None
         self._transport.close()
         self._control.close()
 

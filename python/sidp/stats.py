@@ -12,18 +12,20 @@ class PoolStats:
         replicated_bytes: FFN bytes of one rank without pooling.
         owned_bytes: FFN bytes this rank keeps (its share of the pool, and resident layers).
         ring_bytes: bytes of the ring's slots.
-        freed_bytes: replicated - owned - ring.
+        cas_bytes: (CUDA) of device memory that mailboxes and the CaS server's workspace take.
+        freed_bytes: replicated - owned - ring - cas.
         fetches, fetched_bytes: units brought into the ring, and their bytes that came from other ranks.
         stalls, stall_seconds: uses that found their slot not ready, and the time they waited.
         restarts: uses out of the expected layer order, after which the prefetch was planned anew.
         link_bytes_per_s: rate at which the copy thread fetched; 0 where it has not.
         pauses: times the prefetch was paused because the rank was in CaS.
         requests_sent, rows_sent, cas_wait_seconds: this rank's CaS requests (one per owner asked), their rows, and
-            the time it waited for answers.
+            the time it waited for answers (CUDA: that the owners took, from electing a request to its reply).
         requests_served, rows_served, batches, fused_batches: what this rank's server computed, in how many batches,
             and how many of those joined several requests.
         requests_refused: malformed records and mailboxes this rank's server refused.
         requesters_retired: requesters that died. server_busy_seconds: time the server computed.
+        relaunches: (CUDA) launches of the serving kernel that have ended.
         mode_switches: times mode="auto" changed between WaS and CaS.
         repairs: (CUDA) slots that a kernel had to fill itself, after graphs and eager calls had mixed.
         calls: FFN calls by mode ("local", "was", "cas").
@@ -39,6 +41,7 @@ class PoolStats:
     ring_bytes: int
     freed_bytes: int
     slots: int
+    cas_bytes: int = 0
     fetches: int = 0
     fetched_bytes: int = 0
     stalls: int = 0
@@ -57,6 +60,7 @@ class PoolStats:
     requests_refused: int = 0
     requesters_retired: int = 0
     server_busy_seconds: float = 0.0
+    relaunches: int = 0
     mode_switches: int = 0
     calls: dict[str, int] = field(default_factory=dict)
     last_mode: str = ""
@@ -78,3 +82,4 @@ class PoolStats:
         self.batches, self.fused_batches = served.batches, served.fused_batches
         self.requests_refused = served.refused + served.broken
         self.requesters_retired, self.server_busy_seconds = served.retired, served.busy_seconds
+        self.relaunches = getattr(served, "launches", 0)

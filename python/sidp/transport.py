@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -23,6 +24,8 @@ _POLL_S = 0.005
 
 class LocalMemory:
     """A share that nobody else reads: groups of one, and pools that keep everything local."""
+
+    region_bytes = 0
 
     def __init__(self, nbytes: int, device: torch.device | str = "cpu"):
         self._memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
@@ -50,6 +53,7 @@ class ShmTransport:
         control.require_one_host()
         self._control = control
         self._extent_bytes = extent_bytes
+        self.region_bytes = region_bytes
         self._mailbox_bytes = _EGRESS_BYTES + region_bytes
         self.kind, self.kind_reason = choose_shm_kind(control)
         self._arena = C.ShmArena(
@@ -97,9 +101,9 @@ class ShmTransport:
             **_ring_settings(),
         }
 
-    def own_region(self) -> int:
-        """Address of this rank's CaS mailboxes."""
-        return self._arena.mailboxes + _EGRESS_BYTES
+    def write_region_header(self, geometry) -> None:
+        """Before connect(): says what this rank's CaS mailboxes look like."""
+        geometry.write_header(self._arena.mailboxes + _EGRESS_BYTES, self.pool_id)
 
     def cas_arguments(self) -> dict:
         """What CaS needs of the connected transport."""
@@ -126,15 +130,17 @@ class ShmTransport:
         own = self._control.rank
         return [self._arena if rank == own else self._mappings[rank] for rank in range(self._control.world_size)]
 
-    def serve_until_all_closed(self) -> None:
-        """Keeps this rank's memory there until every peer has finished, failed or died.
-
-        Gives up on peers that have used no layer for the timeout: they keep what they have mapped.
-        """
+    def serve_until_all_closed(self, stop_serving: Callable[[], None]) -> None:
+        """Keeps this rank's memory there until every peer has finished, failed or died; then calls ``stop_serving``."""
         self._arena.set_phase("finished")
+        self._wait_for_peers(("finished", "closed", "failed"))
+        stop_serving()
+
+    def _wait_for_peers(self, phases: tuple[str, ...]) -> None:
+        """Gives up on peers that have used no layer for the timeout: they keep what they have mapped."""
         timeout = self._control.timeout_s
         activity, since = None, time.monotonic()
-        while waiting := [rank for rank in self._mappings if not self._is_done(rank)]:
+        while waiting := [rank for rank in self._mappings if not self._is_in(rank, phases)]:
             now = [self._mappings[rank].activity for rank in waiting]
             if now != activity:
                 activity, since = now, time.monotonic()
@@ -147,10 +153,8 @@ class ShmTransport:
                 return
             time.sleep(_POLL_S)
 
-    def _is_done(self, rank: int) -> bool:
-        return (
-            self._mappings[rank].phase in ("finished", "closed", "failed") or self._control.watch.state(rank) == "dead"
-        )
+    def _is_in(self, rank: int, phases: tuple[str, ...]) -> bool:
+        return self._mappings[rank].phase in phases or self._control.watch.state(rank) == "dead"
 
     def mark_failed(self) -> None:
         self._arena.set_phase("failed")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from .transport import ShmTransport
 logger = logging.getLogger(__name__)
 
 _PAGE = 4096
+_REGION_ALIGNMENT = 256  # of CaS mailboxes behind the extents
 
 
 def choose_device(device) -> torch.device:
@@ -57,9 +59,11 @@ class _GpuTransport(ShmTransport):
     """What both kinds share: a ShmArena for the words the host reads, and the ring's arguments."""
 
     own_is_remote = False  # whether even the rank's own share has to be fetched
+    region_bytes = 0  # of CaS mailboxes in device memory
 
     def __init__(self, control: ControlPlane, host_bytes: list[int], device: torch.device):
         super().__init__(control, host_bytes)
+        self.region_bytes = 0  # those of the base class would be in host memory
         self._device = device
         self._pins: list = []
 
@@ -90,11 +94,17 @@ class _GpuTransport(ShmTransport):
     def _keep(self) -> list:
         return self._owners()
 
-    def serve_until_all_closed(self) -> None:
-        # Readers stop and importers close before this rank says that it needs nobody any more.
-        torch.cuda.synchronize(self._device)
+    def serve_until_all_closed(self, stop_serving: Callable[[], None]) -> None:
+        torch.cuda.synchronize(self._device)  # readers stop
+        if self.region_bytes:  # answers are written into the peers' memory until all have finished
+            super().serve_until_all_closed(stop_serving)
+            self._close_mappings()
+            self._arena.set_phase("closed")
+            self._wait_for_peers(("closed", "failed"))
+            return
+        # Importers close before this rank says that it needs nobody any more.
         self._close_mappings()
-        super().serve_until_all_closed()
+        super().serve_until_all_closed(stop_serving)
 
     def _close_mappings(self) -> None:
         pass
@@ -110,15 +120,21 @@ class _GpuTransport(ShmTransport):
 class CudaTransport(_GpuTransport):
     """One cudaMalloc arena a rank, exported once and opened once by every peer on the peer's own device.
 
-    Collective: allocates, opens and probes every peer's memory, before anything is loaded.
+    Collective: allocates, opens and probes every peer's memory, before anything is loaded. Behind the extents lie
+    ``region_bytes`` of CaS mailboxes.
 
     Raises:
         PeerAccessRefused: some rank cannot read another's memory; raised on all ranks alike.
     """
 
-    def __init__(self, control: ControlPlane, extent_bytes: list[int], device: torch.device):
+    def __init__(self, control: ControlPlane, extent_bytes: list[int], device: torch.device, region_bytes: int = 0):
         super().__init__(control, [0] * control.world_size, device)
-        self._device_bytes = extent_bytes
+        self.region_bytes = region_bytes
+        self._share_bytes = extent_bytes
+        self._device_bytes = [
+            self._region_offset(rank) + region_bytes if region_bytes else nbytes
+            for rank, nbytes in enumerate(extent_bytes)
+        ]
         self._peers: dict[int, Any] = {}
         rank = control.rank
         refusal, handle = "", b""
@@ -158,7 +174,27 @@ class CudaTransport(_GpuTransport):
         """That rank's extents, read in place; only for ranks on this device."""
         own = rank == self._control.rank
         owner = self._memory if own else self._peers[rank]
-        return device_bytes(owner.extents, self._device_bytes[rank], owner, self._device)
+        return device_bytes(owner.extents, self._share_bytes[rank], owner, self._device)
+
+    def _region_offset(self, rank: int) -> int:
+        return -(-self._share_bytes[rank] // _REGION_ALIGNMENT) * _REGION_ALIGNMENT
+
+    def _region(self, rank: int) -> int:
+        return self.source(rank) + self._region_offset(rank)
+
+    def write_region_header(self, geometry) -> None:
+        C.CudaCas.write_header(geometry, self._region(self._control.rank), self.pool_id, self._device.index)
+
+    def cas_arguments(self) -> dict:
+        return {
+            "device": self._device,
+            "pool_id": self.pool_id,
+            "regions": [self._region(rank) for rank in range(self._control.world_size)],
+            "extents": self.source(self._control.rank),
+            "watch": self._control.watch,
+            "activity": self._arena.activity,
+            "keep": self._keep(),
+        }
 
     def source(self, rank: int) -> int:
         return (self._memory if rank == self._control.rank else self._peers[rank]).extents
@@ -205,8 +241,10 @@ class PeerAccessRefused(Exception):
     """GPUs of the group do not reach each other's memory; the message says which rank found out, and how."""
 
 
-def open_gpu_transport(control: ControlPlane, extent_bytes: list[int], device: torch.device) -> _GpuTransport:
-    """Collective: device memory where every rank can read every other's, pinned host memory otherwise.
+def open_gpu_transport(
+    control: ControlPlane, extent_bytes: list[int], device: torch.device, region_bytes: int = 0
+) -> _GpuTransport:
+    """Collective: device memory where every rank can read every other's, pinned host memory otherwise (without CaS).
 
     SIDP_P2P=auto|ipc|host: "ipc" refuses to fall back, "host" asks for host memory.
     """
@@ -216,7 +254,7 @@ def open_gpu_transport(control: ControlPlane, extent_bytes: list[int], device: t
     if wish == "host":
         return HostTransport(control, extent_bytes, device)
     try:
-        return CudaTransport(control, extent_bytes, device)
+        return CudaTransport(control, extent_bytes, device, region_bytes)
     except PeerAccessRefused as refusal:
         if wish == "ipc":
             raise ConfigError(f"SIDP_P2P=ipc, but {refusal}") from None

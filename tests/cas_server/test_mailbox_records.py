@@ -14,7 +14,7 @@ import torch
 from groups import error, formula, weights_of
 
 import sidp
-from sidp import cas
+from sidp import cas_cpu
 from sidp._native import C
 
 SPEC = sidp.FFNSpec(16, 24, dtype=torch.float32)
@@ -48,7 +48,7 @@ class Memory:
             "regions": regions,
             "watch": None,
         }
-        blas = C.open_blas(cas.blas_libraries())
+        blas = C.open_blas(cas_cpu.blas_libraries())
         self.server = C.CasServer(
             0, layers=[held.get(layer, C.FfnSlice()) for layer in range(3)], blas=blas, **self.arguments
         )

@@ -62,11 +62,11 @@ class _Alternating:
 
 def _switching(ctx, placement: str):
     with open_pool(SPECS, mode="cas", placement=placement) as pool:
-        pool._policy = _Alternating(pool._ring, first_cas=ctx.rank % 2 == 0)
+        pool._dispatch._chooser = _Alternating(pool._ring, first_cas=ctx.rank % 2 == 0)
         bad = []
         for seed in range(12):
             equal, worst = _forward(pool, seed)
-            if worst >= 5e-6 or not (equal or pool._policy._cas):
+            if worst >= 5e-6 or not (equal or pool._dispatch._chooser._cas):
                 bad.append(seed)
         stats = pool.stats()
     return bad, stats.restarts, stats.calls["was"], stats.calls["cas"], stats.pauses

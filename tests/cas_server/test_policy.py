@@ -94,7 +94,7 @@ def _plain_auto(ctx):
     with open_pool(specs, mode="auto") as pool:
         for layer in range(8):
             sidp.ffn_forward(rows_of(specs[0], 1), pool, layer)
-        return pool.stats().calls["cas"], pool._cas is None
+        return pool.stats().calls["cas"], pool._dispatch is None
 
 
 def test_without_a_cap_or_a_profile_auto_is_was(monkeypatch):

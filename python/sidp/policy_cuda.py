@@ -1,0 +1,172 @@
+"""mode="auto" on GPUs: rates measured at commit, iterations timed by events now and then, never a synchronisation.
+
+The host only enqueues, so the policy does not go by the clock of its calls. A captured graph keeps the mode it was captured
+with: capture one for each size of batch, as engines do.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
+
+import torch
+
+from ._native import C
+from .ffn import apply_formula
+from .policy import Profile, build_model
+
+_COMPUTE_ROWS = (1, 16, 64, 128, 256, 512, 1024, 2048)
+_SERVED_ROWS = (1, 8, 32, 64, 128)
+_REPEATS = 5
+_ROUND_TRIP_S = 3e-6  # between two GPUs, beyond what a request to one's own server takes
+_LINK_BYTES = 128 << 20
+_SAMPLE_EVERY = 16  # iterations
+_SETTLED = 2  # iterations after a switch that are not timed: the ring is cold, the servers asleep
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    """Median time on the device, after one run that is not counted."""
+    run()
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(_REPEATS + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        run()
+        mark.record()
+    marks[-1].synchronize()
+    times = sorted(before.elapsed_time(after) for before, after in pairwise(marks))
+    return max(times[len(times) // 2] * 1e-3, 1e-9)
+
+
+def _served_layer(client) -> int | None:
+    return next((layer for layer, here in enumerate(client.slices) if here.inner), None)
+
+
+def measure_compute(client, units) -> tuple[tuple[float, float], ...]:
+    """(rows, seconds) of one whole layer, measured on what this rank holds of one."""
+    layer = _served_layer(client)
+    if layer is None:
+        return ((1.0, 1e-6), (64.0, 1e-6))  # corrected by what iterations take
+    here, spec, weights = client.slices[layer], units[layer].formula, client.weights_here(layer)
+    x = torch.randn(_COMPUTE_ROWS[-1], here.hidden, device=client.device, dtype=here.dtype)
+    whole = spec.intermediate_size / here.inner
+    return tuple((float(n), whole * _seconds(partial(apply_formula, x[:n], weights, spec))) for n in _COMPUTE_ROWS)
+
+
+def measure_served(client) -> list[tuple[float, float]]:
+    """(rows, seconds) of a request that this rank's own server answers; empty where it serves nothing."""
+    layer = _served_layer(client)
+    if layer is None:
+        return []
+    here = client.slices[layer]
+    x = torch.randn(_SERVED_ROWS[-1], here.hidden, device=client.device, dtype=here.dtype)
+    return [(float(n), _seconds(partial(client.forward_here, layer, x[:n]))) for n in _SERVED_ROWS]
+
+
+def measure_link(pool, transport) -> float:
+    """GB/s at which this rank copies from the next one."""
+    owner = (pool.rank + 1) % pool.world_size
+    nbytes = min(_LINK_BYTES, pool.placement.arena_bytes(owner))
+    return C.cuda_copy_rate(transport.source(owner), nbytes, pool.device.index) / 1e9 if nbytes else 0.0
+
+
+def start(pool, client, transport) -> CudaPolicy:
+    """The policy of a pool that is being committed: from SIDP_PROFILE, or measured here and now."""
+    path = os.environ.get("SIDP_PROFILE")
+    with torch.cuda.device(pool.device), torch.no_grad():
+        if path:
+            profile = Profile.load(path)
+        else:
+            profile = Profile(measure_link(pool, transport), measure_compute(client, pool.units), _ROUND_TRIP_S)
+        parts = pool.world_size if pool.config.placement == "striped" else 1
+        model = build_model(pool.units, pool.placement, pool.rank, pool.slots, profile, parts)
+        served = measure_served(client)
+        if served:
+            model.served = C.TimeTable(served)
+    return CudaPolicy(model, client.requester_stats)
+
+
+class _Sample:
+    """Events around the FFN calls of one iteration."""
+
+    def __init__(self, cas: bool, rows: int):
+        self.cas, self.rows = cas, rows
+        self.marks: list[torch.cuda.Event] = []  # before and after each call
+
+    def mark(self) -> None:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self.marks.append(event)
+
+    @property
+    def arrived(self) -> bool:
+        return self.marks[-1].query()
+
+    def seconds(self) -> tuple[float, float]:
+        """Of the iteration, and of its FFN calls."""
+        inside = sum(a.elapsed_time(b) for a, b in zip(self.marks[::2], self.marks[1::2], strict=True))
+        return self.marks[0].elapsed_time(self.marks[-1]) * 1e-3, inside * 1e-3
+
+
+class CudaPolicy:
+    """One rank's choice; nothing of it is collective and nothing waits for the device."""
+
+    def __init__(self, model, requester_stats: Callable[[], object]):
+        self._policy = C.ModePolicy(model, timed=False)
+        self._layers = model.layers
+        self._requester_stats = requester_stats
+        self._rows = self._fused = 0
+        self._last_layer, self._iterations, self._since_switch = -1, 0, 0
+        self._cas = False
+        self._captured: bool | None = None  # the choice of the graph that is being captured
+        self._running: _Sample | None = None
+        self._waiting: _Sample | None = None
+
+    def enter(self, layer: int, rows: int) -> bool:
+        """Before an FFN call: whether its iteration runs by CaS."""
+        begins, self._last_layer = layer <= self._last_layer or self._last_layer < 0, layer
+        if torch.cuda.is_current_stream_capturing():
+            if begins or self._captured is None:
+                self._captured = self._policy.best_is_cas(float(rows))
+            return self._captured
+        begins, self._captured = begins or self._captured is not None, None
+        cas = self._policy.enter(layer, float(rows), 0.0)
+        if begins:
+            self._begin_iteration(cas, rows)
+        if self._running is not None:
+            self._running.mark()
+        return cas
+
+    def leave(self) -> None:
+        if self._running is not None and self._captured is None:
+            self._running.mark()
+
+    def _begin_iteration(self, cas: bool, rows: int) -> None:
+        if self._running is not None and len(self._running.marks) == 2 * self._layers:
+            self._waiting = self._running
+        self._running = None
+        self._since_switch = self._since_switch + 1 if cas is self._cas else 0
+        self._cas = cas
+        self._iterations += 1
+        if self._waiting is not None and self._waiting.arrived:
+            self._learn(self._waiting)
+            self._waiting = None
+        if self._waiting is None and self._since_switch >= _SETTLED and self._iterations % _SAMPLE_EVERY == 0:
+            self._running = _Sample(cas, rows)
+
+    def _learn(self, sample: _Sample) -> None:
+        took, inside = sample.seconds()
+        self._policy.learn(sample.cas, float(sample.rows), took, inside)
+        seen = self._requester_stats()
+        if seen.rows > self._rows:
+            self._policy.set_fused_factor((seen.fused_rows - self._fused) / (seen.rows - self._rows))
+        self._rows, self._fused = seen.rows, seen.fused_rows
+
+    @property
+    def reason(self) -> str:
+        return self._policy.reason
+
+    @property
+    def switches(self) -> int:
+        return self._policy.switches
