@@ -1,19 +1,17 @@
 """mode="auto": each rank picks WaS or CaS by itself, per iteration, from measured rates.
 
 On the CPU "auto" stays with WaS, which is bit-identical, unless there is a reason to think that the link is the
-bottleneck: a cap on it (SIDP_CPU_LINK_GBPS, SIDP_CPU_OWNER_GBPS) or a profile (SIDP_PROFILE=<file that Profile.save
-wrote>).
+bottleneck: a cap on it (SIDP_CPU_LINK_GBPS, SIDP_CPU_OWNER_GBPS) or a profile (SIDP_PROFILE=<file of sidp bench
+--profile>, docs/profile.md).
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 
@@ -21,6 +19,7 @@ from ._native import C
 from .cas import roles
 from .config import Unit
 from .errors import ConfigError
+from .profile import MachineProfile, find_times
 
 _CALIBRATION_ROWS = (1, 4, 16, 64)
 _CALIBRATION_S = 1.0  # larger row counts are left out once this is spent
@@ -49,16 +48,27 @@ class Profile:
             if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
                 raise ConfigError(f"profile: {name} must be a number of 0 or more, got {value!r}")
 
-    def save(self, path: str | os.PathLike) -> None:
-        Path(path).write_text(json.dumps(asdict(self), indent=1) + "\n")
-
     @classmethod
-    def load(cls, path: str | os.PathLike) -> Profile:
-        """ConfigError where the file is missing or is no profile."""
-        try:
-            return cls(**json.loads(Path(path).read_text()))
-        except (OSError, ValueError, TypeError) as error:
-            raise ConfigError(f"{path} is no profile ({error}): write one with sidp.policy.Profile.save") from None
+    def load(cls, path: str | os.PathLike, units: Sequence[Unit]) -> Profile:
+        """From a machine's profile (docs/profile.md), what it says of the first of ``units`` that has a formula.
+
+        Raises:
+            ConfigError: the file is missing or no profile, or has no times of that FFN.
+        """
+        machine = MachineProfile.load(path)
+        spec = next((unit.formula for unit in units if unit.formula is not None), None)
+        if spec is None:
+            raise ConfigError(f"profile {path}: no layer of this pool has a formula, so that no times of it apply")
+        shape = (spec.hidden_size, spec.intermediate_size, spec.gated, spec.dtype.itemsize)
+        times = find_times(machine.ffn_times, *shape)
+        if times is None:
+            raise ConfigError(
+                f"profile {path} has no ffn_times for hidden_size={spec.hidden_size}, intermediate_size="
+                f"{spec.intermediate_size}, gated={spec.gated}, {spec.dtype}: measure them with sidp bench --profile {path} "
+                f"--hidden {spec.hidden_size} --inner {spec.intermediate_size}"
+            )
+        trip = _ROUND_TRIP_S if machine.round_trip_s is None else machine.round_trip_s
+        return cls(machine.link_bytes_per_s / 1e9, tuple(zip(times.rows, times.seconds, strict=True)), trip)
 
 
 def cap_bytes_per_s() -> float:
@@ -138,7 +148,7 @@ def start(pool, client, blas) -> AutoPolicy:
     parts = pool.world_size if pool.config.placement == "striped" else 1
     path = os.environ.get("SIDP_PROFILE")
     if path:
-        profile = Profile.load(path)
+        profile = Profile.load(path, pool.units)
     else:
         profile = Profile(cap_bytes_per_s() / 1e9, measure_compute(client.slices, pool.units, blas))
     model = build_model(pool.units, pool.placement, pool.rank, pool.slots, profile, parts)

@@ -76,7 +76,7 @@ def start(pool, client, transport) -> CudaPolicy:
     path = os.environ.get("SIDP_PROFILE")
     with torch.cuda.device(pool.device), torch.no_grad():
         if path:
-            profile = Profile.load(path)
+            profile = Profile.load(path, pool.units)
         else:
             profile = Profile(measure_link(pool, transport), measure_compute(client, pool.units), _ROUND_TRIP_S)
         parts = pool.world_size if pool.config.placement == "striped" else 1

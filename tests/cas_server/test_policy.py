@@ -10,6 +10,7 @@ import sidp
 from launch import parallel_launch
 from sidp import policy
 from sidp._native import C
+from sidp.profile import FFNTimes, MachineProfile
 
 
 def _model(link: float = 1e9, compute=((1, 1e-3), (64, 2e-3), (128, 4e-3))):
@@ -78,15 +79,18 @@ def test_a_small_promise_changes_nothing():
     assert set(modes) == {"was"}
 
 
-def test_profiles_are_kept_and_checked(tmp_path):
+def test_the_policy_takes_its_own_shape_from_a_machine_profile(tmp_path):
     path = tmp_path / "profile.json"
-    made = policy.Profile(12.5, ((1, 1e-3), (8, 2e-3)))
-    made.save(path)
-    assert policy.Profile.load(path) == made
-    for text in ("", "[]", '{"link_gbps": -1, "compute": []}', '{"speed": 3}'):
-        path.write_text(text)
-        with pytest.raises(sidp.ConfigError):
-            policy.Profile.load(path)
+    units = [sidp.FFNSpec(64, 256, dtype=torch.float32).unit()]
+    other = FFNTimes(64, 256, True, (1, 8), (1e-3, 2e-3))  # bfloat16
+    mine = FFNTimes(64, 256, True, (1, 8), (3e-3, 4e-3), torch.float32)
+    MachineProfile("here", 12.5e9, ffn_times=(other, mine)).save(path)
+    assert policy.Profile.load(path, units) == policy.Profile(12.5, ((1, 3e-3), (8, 4e-3)))
+    MachineProfile("here", 0, round_trip_s=7e-6, ffn_times=(mine,)).save(path)
+    assert policy.Profile.load(path, units) == policy.Profile(0, ((1, 3e-3), (8, 4e-3)), 7e-6)
+    MachineProfile("here", 12.5e9, ffn_times=(other,)).save(path)
+    with pytest.raises(sidp.ConfigError, match="no ffn_times for hidden_size=64"):
+        policy.Profile.load(path, units)
 
 
 def _plain_auto(ctx):

@@ -2,8 +2,7 @@
 
 Reads a model's config.json (or takes one of the paper's models by name), lays its FFN weights out as a pool would,
 and compares it with replicas that hold everything. Rates are datasheet figures cut to what was attained elsewhere,
-unless --gpu measured takes them from a profile: a JSON object with memory_bytes, hbm_bytes_per_s, flops_per_s and
-link_bytes_per_s, and if there are any, ffn_times: [{hidden_size, intermediate_size, rows: [...], seconds: [...]}].
+unless --gpu measured takes them from a profile that `sidp bench --profile FILE` wrote on a GPU (docs/profile.md).
 
   sidp plan --model Llama-3.1-70B --gpu h200 --dp 8 --tp 1
   sidp plan --model path/to/model --gpu measured --profile h100.json --dp 4 --seq 4096 --json

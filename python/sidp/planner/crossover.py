@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ..profile import FFNTimes, find_times
 from .capacity import Deployment, MemoryPlan
 
 _MOST_ROWS = 1 << 20
@@ -56,13 +57,16 @@ class Clock:
 
     @property
     def uses_measured_ffn(self) -> bool:
-        return all(self._d.gpu.times_of(*size) for size in self._ffn_sizes)
+        return all(self._times_of(*size) for size in self._ffn_sizes)
+
+    def _times_of(self, hidden: int, inner: int, gated: bool) -> FFNTimes | None:
+        return find_times(self._d.gpu.ffn_times, hidden, inner, gated, self._d.model.dtype.itemsize)
 
     def ffn(self, rows: int) -> float:
         """All layers' FFNs over `rows` rows, seconds."""
         total = 0.0
         for (hidden, inner, gated), layers in self._ffn_sizes.items():
-            times = self._d.gpu.times_of(hidden, inner, gated)
+            times = self._times_of(hidden, inner, gated)
             weights = (3 if gated else 2) * hidden * inner
             total += layers * (times.at(rows) if times else self._gemm(weights, rows))
         return total

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import bisect
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from ..errors import ConfigError
+from ..profile import FFNTimes, MachineProfile
 
 # Of the datasheet's "GB", read as GiB, CUDA offers a little less: 79.11 of 80 on an H100.
 _MEMORY_SEEN = 79.11 / 80
@@ -16,27 +14,6 @@ _MEMORY_SEEN = 79.11 / 80
 _FLOPS_ATTAINED = 600 / 989
 _HBM_ATTAINED = 3065 / 3350
 MEASURED_RATES = ("memory_bytes", "hbm_bytes_per_s", "flops_per_s", "link_bytes_per_s")
-
-
-@dataclass(frozen=True)
-class FFNTimes:
-    """Measured seconds of one FFN (as one GPU computes it) at numbers of rows, ascending."""
-
-    hidden: int
-    inner: int
-    gated: bool
-    rows: tuple[int, ...]
-    seconds: tuple[float, ...]
-
-    def at(self, rows: int) -> float:
-        """Between two measurements on the line that joins them; beyond the last in proportion to the rows."""
-        if rows <= self.rows[0]:
-            return self.seconds[0]
-        if rows >= self.rows[-1]:
-            return self.seconds[-1] * rows / self.rows[-1]
-        after = bisect.bisect_right(self.rows, rows)
-        (r0, r1), (s0, s1) = self.rows[after - 1 : after + 1], self.seconds[after - 1 : after + 1]
-        return s0 + (s1 - s0) * (rows - r0) / (r1 - r0)
 
 
 @dataclass(frozen=True)
@@ -54,9 +31,6 @@ class GPU:
     source: str
     round_trip_s: float = 2e-6
     ffn_times: tuple[FFNTimes, ...] = field(default=(), repr=False)
-
-    def times_of(self, hidden: int, inner: int, gated: bool) -> FFNTimes | None:
-        return next((t for t in self.ffn_times if (t.hidden, t.inner, t.gated) == (hidden, inner, gated)), None)
 
 
 def _sheet(name: str, gib: int, hbm_tb: float, tflops: float, link_gb: float, attained_gb: float) -> GPU:
@@ -100,52 +74,15 @@ def load_gpu(name: str, profile: str | None = None) -> GPU:
 
 
 def _measured(path: Path) -> GPU:
-    """A profile: the four rates, `name`, `round_trip_s` and a list `ffn_times` if there are any."""
-    try:
-        profile = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        raise ConfigError(f"profile {path} cannot be read as JSON: {error}") from error
-    if not isinstance(profile, dict):
-        raise ConfigError(f"profile {path} holds a {type(profile).__name__}, expected a JSON object")
-    rates = {key: _positive(profile, key, path) for key in MEASURED_RATES}
-    rates["memory_bytes"] = int(rates["memory_bytes"])
-    times = profile.get("ffn_times", [])
-    if not isinstance(times, list):
-        raise ConfigError(f"profile {path}: ffn_times must be a list, got {type(times).__name__}")
-    if "round_trip_s" in profile:
-        rates["round_trip_s"] = _positive(profile, "round_trip_s", path)
-    return GPU(
-        name=str(profile.get("name", path.stem)),
-        source=f"measured, {path.name}",
-        ffn_times=tuple(_ffn_times(entry, path) for entry in times),
-        **rates,
-    )
-
-
-def _positive(profile: dict[str, Any], key: str, path: Path) -> float:
-    value = profile.get(key)
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not 0 < value < float("inf"):
-        raise ConfigError(f"profile {path}: {key} must be a positive number, got {value!r}")
-    return value
-
-
-def _ffn_times(entry: Any, path: Path) -> FFNTimes:
-    try:
-        times = FFNTimes(
-            int(entry["hidden_size"]),
-            int(entry["intermediate_size"]),
-            bool(entry.get("gated", True)),
-            tuple(int(n) for n in entry["rows"]),
-            tuple(float(s) for s in entry["seconds"]),
-        )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ConfigError(
-            f"profile {path}: an entry of ffn_times needs hidden_size, intermediate_size, rows and seconds ({error!r})"
-        ) from error
-    ascending = all(a < b for a, b in zip(times.rows, times.rows[1:], strict=False))
-    if not times.rows or len(times.rows) != len(times.seconds) or not ascending or min(times.rows) < 1:
-        raise ConfigError(f"profile {path}: rows must ascend from 1 or more, with as many seconds; got {entry!r}")
-    if not all(0 < s < float("inf") for s in times.seconds):
-        raise ConfigError(f"profile {path}: seconds must be positive, got {list(times.seconds)}")
-    return times
+    """The profile's GPU; planning needs the four rates, `round_trip_s` and `ffn_times` if there are any."""
+    profile = MachineProfile.load(path)
+    rates = {key: getattr(profile, key) for key in MEASURED_RATES}
+    for key, value in rates.items():
+        if not value:
+            raise ConfigError(
+                f"profile {path}: planning needs {key}, a positive number, and the profile has {value!r}: measure it "
+                f"with sidp bench --profile on the GPU to plan for, or write it in"
+            )
+    if profile.round_trip_s is not None:
+        rates["round_trip_s"] = profile.round_trip_s
+    return GPU(name=profile.name, source=f"measured, {path.name}", ffn_times=profile.ffn_times, **rates)
