@@ -52,6 +52,11 @@ __device__ inline u32 add_acq_rel_gpu(u32* word, u32 value) {
 // Orders this thread's accesses, and what it has observed, before its later ones, for all of the system; less than
 // __threadfence_system(), which is sequentially consistent.
 __device__ inline void fence_sys() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
+__device__ inline u32 add_acquire_gpu(u32* word, u32 value) {
+  u32 before;
+  asm volatile("atom.acquire.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(word), "r"(value) : "memory");
+  return before;
+}
 __device__ inline u32 add_relaxed_gpu(u32* word, u32 value) {
   u32 before;
   asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(word), "r"(value) : "memory");

@@ -87,7 +87,7 @@ __device__ __forceinline__ void serve_batch(const ServerArguments& args, SharedS
     if (me.lane == 0) {
 #if defined(SIDP_CAS_FAST)
       fence_sys();  // the whole warpgroup's results: fences are cumulative
-      before = add_relaxed_gpu(&args.state->progress[id % 2].finished, 1);  // what follows begins with a fence
+      before = add_acquire_gpu(&args.state->progress[id % 2].finished, 1);
 #else
       __threadfence_system();  // the whole warpgroup's results: fences are cumulative
       before = atomicAdd(&args.state->progress[id % 2].finished, 1);
@@ -98,6 +98,7 @@ __device__ __forceinline__ void serve_batch(const ServerArguments& args, SharedS
       trace(Mark::kFinished);
       trace_clock(Mark::kClockLast);
     }
+    __syncwarp();  // what lane 0 has acquired, the others may release
     if (__shfl_sync(kAllLanes, before, 0) == kMultipliers * gridDim.x - 1) {
       complete_batch(args, here.batch);
       if (me.lane == 0) trace(Mark::kReplied);
