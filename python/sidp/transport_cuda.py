@@ -140,7 +140,7 @@ class CudaTransport(_GpuTransport):
         refusal, handle = "", b""
         self._memory = None
         try:
-            self._memory = C.CudaArena(rank, control.world_size, control.token, extent_bytes[rank], device.index)
+            self._memory = C.CudaArena(rank, control.world_size, control.token, self._device_bytes[rank], device.index)
             if control.world_size > 1:
                 handle = self._memory.handle()
         except ConfigError:
