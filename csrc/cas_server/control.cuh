@@ -32,10 +32,10 @@ __device__ inline void release_reply(const ServerArguments& args, u32 requester,
   auto* reply = reinterpret_cast<ReplyRecord*>(
       region + args.geometry.reply(args.rank, slot_of(sequence, args.geometry.slots)));
 #if defined(SIDP_CAS_FAST)
-  store_pair_release_sys(&reply->sequence, Pair{sequence, static_cast<u32>(status) | u64(rows) << 32});
-  reply->batch_rows = batch_rows;  // figures; nobody computes with them, they may come later
+  reply->batch_rows = batch_rows;
   reply->batch_requests = batch_requests;
   reply->service_ns = service_ns;
+  store_pair_release_sys(&reply->sequence, Pair{sequence, static_cast<u32>(status) | u64(rows) << 32});
 #else
   reply->status = static_cast<u32>(status);
   reply->rows = rows;
