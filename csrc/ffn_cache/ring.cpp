@@ -206,9 +206,11 @@ bool Ring::wait_released(const Fetch& fetch, std::uint64_t epoch) {
   if (fetch.after == kNever) return true;
   const std::atomic<std::uint64_t>& released = words_[fetch.slot].released;
   for (;;) {
-    if (epoch_.load() != epoch) return false;
+    // A stop may have come before `epoch` was read: the epoch alone would not tell of it.
+    if (epoch_.load() != epoch || stopped_.load()) return false;
     if (released.load() > fetch.after) return true;
-    emptied_.wait(Deadline::after(1.0), [&] { return released.load() > fetch.after || epoch_.load() != epoch; });
+    emptied_.wait(Deadline::after(1.0),
+                  [&] { return released.load() > fetch.after || epoch_.load() != epoch || stopped_.load(); });
   }
 }
 
