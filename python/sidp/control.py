@@ -283,7 +283,7 @@ def _parse_failure(record: bytes, world_size: int) -> SidpError:
         notice = json.loads(record[: 8 * _MAX_TEXT])
         rank, peer, message = int(notice["rank"]), int(notice["peer"]), str(notice["message"])[:_MAX_TEXT]
         kind = _ERRORS[notice["type"]]
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         return SidpError(f"a rank failed, and what it published cannot be read: {error}")
     text = f"rank {rank}: {message}"
     return PeerError(text, peer if 0 <= peer < world_size else rank) if kind is PeerError else kind(text)

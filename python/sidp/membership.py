@@ -73,7 +73,7 @@ class Identity:
         try:
             identity = cls(**json.loads(record[:4096]))
             identity._check()
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise LayoutError(f"rank {rank} published no valid identity: {error}") from error
         return identity
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -198,7 +197,7 @@ def _request(key: str, custom_id: str, fields: dict[str, Any], defaults: Default
 def _envelope(fields: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     body = fields["body"]
     if isinstance(body, str):  # a column of text in Parquet
-        body = _object(body.encode())
+        body = _object(body.encode("utf-8", "surrogatepass"))
     if not isinstance(body, dict):
         raise BadRow(f"body must be an object, got {type(body).__name__}", "body", "invalid_type")
     method = fields.get("method")
@@ -267,7 +266,7 @@ def _max_tokens(body: dict[str, Any]) -> int | None:
 
 def _number(body: dict[str, Any], name: str, low: float, high: float, default: float) -> float:
     value = body.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:  # NaN
         raise BadRow(f"{name} must be a number, got {value!r}", name, "invalid_type")
     if not low <= value <= high:
         raise BadRow(f"{name} must be in {low:g} ... {high:g}, got {value!r}", name, "decimal_out_of_range")

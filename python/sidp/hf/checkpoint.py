@@ -48,6 +48,13 @@ def _has_weights(folder: Path) -> bool:
     return (folder / _SINGLE).exists() or (folder / _INDEX).exists()
 
 
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
+
+
 class Checkpoint:
     """The tensors of a folder, single-file or sharded. Files stay mapped until `close`."""
 
@@ -102,10 +109,10 @@ class Checkpoint:
         try:
             index = json.loads(path.read_text())["weight_map"]
             names = {str(key): str(name) for key, name in index.items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ConfigError(f"{path} is not an index of safetensors ({type(error).__name__}: {error}).") from error
         for name in set(names.values()):
-            if Path(name).name != name or not (self.folder / name).exists():
+            if Path(name).name != name or not _exists(self.folder / name):
                 raise ConfigError(f"{path} names {name!r}, which is not in {self.folder}. Download the missing file.")
         return names
 
