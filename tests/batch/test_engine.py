@@ -1,5 +1,6 @@
 """Both engines on a tiny model: right tokens, per-request ends, sampling that depends on nothing but the request."""
 
+import copy
 import dataclasses
 import itertools
 import json
@@ -8,7 +9,7 @@ import time
 import pytest
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("transformers", minversion="5.23")
+pytest.importorskip("transformers", minversion="5.17")
 
 from sidp.batch.engine import EngineOptions, PagedEngine, Ticket  # noqa: E402
 from sidp.batch.padded import PaddedEngine  # noqa: E402
@@ -57,7 +58,7 @@ def engine(request, model, codec):
 
     def make(**changes):
         kind, fixed = ENGINES[request.param]
-        made.append(kind(model, codec, options(**{**fixed, **changes})))
+        made.append(kind(copy.deepcopy(model), codec, options(**{**fixed, **changes})))
         return made[-1]
 
     yield make

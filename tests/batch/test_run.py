@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("torch")
-pytest.importorskip("transformers", minversion="5.23")
+pytest.importorskip("transformers", minversion="5.17")
 
 DEADLINE_S = 200
 

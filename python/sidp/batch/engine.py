@@ -18,16 +18,19 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError, SidpError
-from .paged import install_sampling, request_state
+from . import attention
+from .memory import kv_bytes_per_token
+from .paged import batching_config, install_sampling, page_of, queue_all, request_state
 from .records import Request
 from .text import Codec
 
 logger = logging.getLogger(__name__)
 
 _STOP_S = 30.0  # how long a generation thread may take to end after its last step
-_CPU_BATCH_TOKENS, _CPU_PAGE = 512, 32
-_CUDA_BATCH_TOKENS, _CUDA_PAGE = 8192, 256
-_CPU_KV_BYTES = 512 << 20
+_PAGE = 32
+_FLASH_ATTN_PAGE = 256  # its kernel for paged caches takes no smaller ones
+_CPU_BATCH_TOKENS, _CUDA_BATCH_TOKENS = 512, 2048  # the latter is enough to be bound by arithmetic
+_CPU_KV_BYTES = 512 << 20  # what is free on a host is not ours to take
 _QUEUED_AHEAD = 8  # requests the engine holds beyond what it runs, so that a step never waits for the board
 _MOST_REQUESTS = 16384
 
@@ -54,23 +57,26 @@ class Finished:
 @dataclass(frozen=True)
 class EngineOptions:
     """`grouped`: requests run in fixed groups, so that no token depends on timing. `max_batch` None: what the KV
-    cache holds.
+    cache holds. `kv_bytes` is the KV cache's size; `batch_tokens` None takes the device's default.
     """
 
     grouped: bool
     max_batch: int | None
-    kv_bytes: int | None
+    kv_bytes: int
     samples: bool
     filters: bool
     mean_cost: int
+    batch_tokens: int | None = None
 
 
-def kv_bytes_per_token(model) -> int:
-    """Keys and values of one token in every layer, bytes, in the model's dtype."""
-    config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
+def default_batch_tokens(device: torch.device) -> int:
+    """Rows of a step at most."""
+    return _CUDA_BATCH_TOKENS if device.type == "cuda" else _CPU_BATCH_TOKENS
+
+
+def page_tokens(model) -> int:
+    """Tokens of a page of its KV cache."""
+    return _FLASH_ATTN_PAGE if attention.kind(model) == "package" else _PAGE
 
 
 class PagedEngine:
@@ -87,7 +93,8 @@ class PagedEngine:
         self.grouped = options.grouped
         self.preemptions = 0
         self.output_tokens = 0
-        self.request_limit = _request_limit(model, options)
+        self._batch_tokens = options.batch_tokens or default_batch_tokens(model.device)
+        self.request_limit = min(_request_limit(model, options), self._batch_tokens)
         try:
             self._manager = self._make_manager(model)
             self._manager.warmup()  # allocates the cache; captures graphs where the device has them
@@ -97,26 +104,26 @@ class PagedEngine:
                 "--batching padded"
             ) from error
         cache = self._manager.batch_processor.cache
-        self.kv_capacity = int(cache.num_blocks * self._manager.continuous_batching_config.page_size)
+        self.kv_capacity = int(cache.num_blocks * page_of(self._manager.continuous_batching_config))
         self._manager.start()
 
     def _make_manager(self, model):
-        from transformers import ContinuousBatchingConfig, GenerationConfig
+        from transformers import GenerationConfig
 
-        cuda = model.device.type == "cuda"
-        page = _CUDA_PAGE if cuda else _CPU_PAGE
-        budget = self._options.kv_bytes
-        if budget is None and not cuda:
-            budget = _CPU_KV_BYTES  # what is free on a host is not ours to take
-        blocks = None if budget is None else max(2, budget // (kv_bytes_per_token(model) * page))
-        config = ContinuousBatchingConfig(
-            page_size=page,
-            num_blocks=blocks,
-            max_batch_tokens=_CUDA_BATCH_TOKENS if cuda else _CPU_BATCH_TOKENS,
+        if attention.kind(model) == "torch":
+            attention.use_torch_flash(model)
+        page = page_tokens(model)
+        config = batching_config(
+            page,
+            num_blocks=max(2, self._options.kv_bytes // (kv_bytes_per_token(model) * page)),
+            max_batch_tokens=self._batch_tokens,
             max_requests_per_batch=self.request_limit,
+            max_memory_percent=1.0,  # how much there is to take was decided for all ranks of the device (memory.py)
             # A shared prefix is computed once, in whichever batch came first: tokens would depend on timing.
             allow_block_sharing=not self._options.grouped,
-            use_async_batching=False if self._options.samples else None,
+            safety_margin=0.0,  # the request limit keeps the cache from overflowing
+            use_async_batching=False,
+            use_cuda_graph=False,
         )
         # Ends and limits are per request; do_sample=False since sampling is ours (sampling.py).
         generation = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=1)
@@ -140,13 +147,12 @@ class PagedEngine:
 
     def submit(self, tickets: list[Ticket]) -> None:
         """Queue requests; in grouped mode all of them start in the same step."""
-        # While the loop pauses it takes nothing from its queue.
-        with self._manager.pause() if self.grouped and tickets else contextlib.nullcontext():
-            for ticket in tickets:
-                key = str(ticket.item)
-                self._tickets[key] = ticket
-                self._manager.input_queue.put(request_state(self, key, ticket, self._codec))
-        self._manager._wake_up_loop.set()
+        states = []
+        for ticket in tickets:
+            key = str(ticket.item)
+            self._tickets[key] = ticket
+            states.append(request_state(self, key, ticket, self._codec))
+        queue_all(self._manager, states)
 
     def poll(self, timeout_s: float) -> list[Finished]:
         """What finished since the last call; waits up to `timeout_s` for the first. Raises what ended the engine."""
@@ -211,8 +217,10 @@ def _request_limit(model, options: EngineOptions) -> int:
     """Requests in one batch: what was asked for, else as many of the mean length as the KV cache will hold, about."""
     if options.max_batch is not None:
         return options.max_batch
-    free = options.kv_bytes
-    if free is None:
-        free = torch.cuda.mem_get_info(model.device)[0] * 0.8 if model.device.type == "cuda" else _CPU_KV_BYTES
-    tokens = free / kv_bytes_per_token(model)
+    tokens = options.kv_bytes / kv_bytes_per_token(model)
     return int(min(_MOST_REQUESTS, max(1, tokens / max(1, options.mean_cost))))
+
+
+def default_kv_bytes() -> int:
+    """Of a rank that computes on the CPU."""
+    return _CPU_KV_BYTES

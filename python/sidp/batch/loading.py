@@ -11,8 +11,11 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError
-from .engine import EngineOptions, PagedEngine
+from .attention import kind
+from .engine import EngineOptions, PagedEngine, default_batch_tokens, default_kv_bytes, page_tokens
+from .memory import cache_bytes, share_of_device
 from .padded import PaddedEngine
+from .queue import Board
 from .text import Codec
 
 logger = logging.getLogger(__name__)
@@ -20,12 +23,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Loaded:
-    """`pool` is None in a replicated run. `make_engine` comes last: it takes the memory that is left."""
+    """`pool` is None in a replicated run. `make_engine(board)` comes last: it takes the memory that is left."""
 
     model: Any
     pool: Any
     codec: Codec
-    make_engine: Callable[[], Any]
+    make_engine: Callable[[Board], Any]
 
 
 def load(job, rank: int) -> Loaded:
@@ -45,7 +48,7 @@ def load(job, rank: int) -> Loaded:
         if pool is not None:
             pool.__exit__(type(error), error, None)
         raise
-    return Loaded(model, pool, codec, lambda: _engine(job, model, codec))
+    return Loaded(model, pool, codec, lambda board: _engine(job, board, model, codec))
 
 
 def choose_device(backend: str, rank: int) -> torch.device:
@@ -63,9 +66,9 @@ def _dtype(job) -> torch.dtype:
         return getattr(torch, job.dtype)
     if job.model is None:
         return torch.bfloat16
-    from transformers import AutoConfig
+    from ..hf.dummy import model_config
 
-    dtype = getattr(AutoConfig.from_pretrained(job.model), "dtype", None)
+    dtype = getattr(model_config(job.model), "dtype", None)
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
@@ -83,6 +86,10 @@ def _pooled(job, device: torch.device):
     if job.model is None:
         model = _random(job, device)
         return sidp.pool_model(model, config=config), model
+    if job.load_format == "dummy":
+        from ..hf.dummy import dummy_pretrained
+
+        return dummy_pretrained(job.model, _dtype(job), config=config)
     pool, model = sidp.from_pretrained(job.model, config=config, dtype=_dtype(job))
     return pool, model.eval()
 
@@ -92,6 +99,10 @@ def _whole(job, device: torch.device):
 
     if job.model is None:
         return _random(job, device)
+    if job.load_format == "dummy":
+        from ..hf.dummy import dummy_model
+
+        return dummy_model(job.model, _dtype(job), device)
     return AutoModelForCausalLM.from_pretrained(job.model, dtype=_dtype(job)).to(device).eval()
 
 
@@ -101,7 +112,7 @@ def _codec(job, model) -> Codec:
     end = model.generation_config.eos_token_id
     ends = set(end) if isinstance(end, (list, tuple)) else set() if end is None else {int(end)}
     tokenizer = None
-    if job.model is not None:
+    if job.model is not None and job.load_format != "dummy":
         from transformers import AutoTokenizer
 
         try:
@@ -119,7 +130,7 @@ def _first_forward(model) -> None:
     model(input_ids=torch.zeros((1, 2), dtype=torch.int64, device=model.device), use_cache=False)
 
 
-def _engine(job, model, codec: Codec):
+def _engine(job, board: Board, model, codec: Codec):
     # On a CPU a step is long and batches are small: what repeats exactly is worth more than what is always full.
     batching = job.batching
     if batching == "auto":
@@ -130,10 +141,11 @@ def _engine(job, model, codec: Codec):
     options = EngineOptions(
         grouped=batching != "continuous",
         max_batch=max_batch,
-        kv_bytes=job.kv_bytes,
+        kv_bytes=_kv_bytes(job, board, model, max_batch),
         samples=job.samples,
         filters=job.filters,
         mean_cost=job.mean_cost,
+        batch_tokens=job.batch_tokens,
     )
     if batching == "padded":
         return PaddedEngine(model, codec, options)
@@ -141,3 +153,15 @@ def _engine(job, model, codec: Codec):
         return PagedEngine(model, codec, options)
     logger.warning("sidp: %s cannot run with a paged KV cache; padded batches instead", type(model).__name__)
     return PaddedEngine(model, codec, options)
+
+
+def _kv_bytes(job, board: Board, model, max_batch: int | None) -> int:
+    """Collective on GPUs, where the KV cache follows what the ranks of a device have left."""
+    if job.kv_bytes is not None:
+        return job.kv_bytes
+    if model.device.type != "cuda":
+        return default_kv_bytes()
+    share = share_of_device(board, model.device, job.utilization)
+    rows = job.batch_tokens or default_batch_tokens(model.device)
+    flash = kind(model) != "sdpa"
+    return cache_bytes(model, share.left, rows, page_tokens(model), job.mean_cost, max_batch, flash)

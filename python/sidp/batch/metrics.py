@@ -194,10 +194,13 @@ class _Collector:
 
 
 def summarise(board: Board, job, work, seconds: float, failures: dict[int, str]) -> dict[str, Any]:
-    """The run as plain values, for JSON. Rates are over the time from the first request taken to the last settled."""
+    """The run as plain values, for JSON. Rates are over the time from the first request taken to the last settled;
+    the tail is the part of it with fewer than 5 % of the requests left.
+    """
     last = Snapshot.of(board)
     begin = min((r["first_taken"] for r in last.ranks if r["first_taken"]), default=0.0)
     busy = max(0.0, max((r["last_settled"] for r in last.ranks), default=0.0) - begin) if begin else 0.0
+    tail = min((r["tail_began"] for r in last.ranks if r["tail_began"]), default=0.0)
     outputs, prompts = int(last.sum("output_tokens")), int(last.sum("prompt_tokens"))
     return {
         "model": job.model_name,
@@ -215,6 +218,7 @@ def summarise(board: Board, job, work, seconds: float, failures: dict[int, str])
         "output_tokens": outputs,
         "seconds": round(seconds, 3),
         "generation_seconds": round(busy, 3),
+        "tail_seconds": round(max(0.0, begin + busy - tail), 3) if tail else 0.0,
         "prompt_tokens_per_s": round(prompts / busy, 2) if busy else 0.0,
         "output_tokens_per_s": round(outputs / busy, 2) if busy else 0.0,
         "kv_capacity_tokens": int(last.sum("kv_capacity")),

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
-from .engine import EngineOptions, Finished, Ticket, kv_bytes_per_token
+from .engine import EngineOptions, Finished, Ticket
+from .memory import kv_bytes_per_token
 from .sampling import choose, row_sampling
 from .text import Codec
 
-_KV_FRACTION = 0.5  # of a device's free memory; generate allocates its cache as it grows, by doubling copies
-_CPU_KV_BYTES = 512 << 20
+_KV_FRACTION = 0.5  # on a GPU generate's cache grows by copies, and takes twice its size for a moment
 
 
 class PaddedEngine:
@@ -23,11 +23,8 @@ class PaddedEngine:
         self._batch: list[Ticket] = []
         self._samples = options.samples
         self.request_limit = options.max_batch or 8
-        free = options.kv_bytes
-        if free is None:
-            cuda = model.device.type == "cuda"
-            free = int(torch.cuda.mem_get_info(model.device)[0] * _KV_FRACTION) if cuda else _CPU_KV_BYTES
-        self.kv_capacity = max(1, free // kv_bytes_per_token(model))
+        part = _KV_FRACTION if model.device.type == "cuda" else 1.0
+        self.kv_capacity = max(1, int(options.kv_bytes * part) // kv_bytes_per_token(model))
         self.output_tokens = 0
 
     @property

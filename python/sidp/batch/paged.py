@@ -11,6 +11,30 @@ from .sampling import gumbel_noise, keep_likeliest, row_sampling
 from .text import Codec
 
 
+def batching_config(page: int, **fields: Any):
+    """transformers' configuration of the engine, with pages of `page` tokens, which older releases call blocks."""
+    from transformers import ContinuousBatchingConfig
+
+    known = ContinuousBatchingConfig.__dataclass_fields__
+    return ContinuousBatchingConfig(**{"page_size" if "page_size" in known else "block_size": page}, **fields)
+
+
+def page_of(config: Any) -> int:
+    """Tokens of a page."""
+    return config.page_size if hasattr(config, "page_size") else config.block_size
+
+
+def queue_all(manager: Any, states: list[Any]) -> None:
+    """Hand requests to the engine's loop, which finds either none or all of them at its next step."""
+    waiting = manager.input_queue
+    with waiting.mutex:
+        waiting.queue.extend(states)
+        waiting.unfinished_tasks += len(states)
+        waiting.not_empty.notify()
+    wake = getattr(manager, "_wake_up_loop", None) or manager._has_new_requests
+    wake.set()
+
+
 def request_state(engine: Any, key: str, ticket: Any, codec: Codec):
     """The engine's own record of a request, which ends at stop strings too, in the very step that completes one."""
     from transformers.generation.continuous_batching.requests import RequestState

@@ -34,7 +34,7 @@ RANK_FIELDS = (
     "prompt_tokens", "output_tokens", "kv_tokens", "kv_capacity", "kv_peak", "preemptions", "request_limit",
     "load_seconds", "busy_seconds", "calls_local", "calls_was", "calls_cas", "stalls", "stall_seconds",
     "fetched_bytes", "owned_bytes", "ring_bytes", "freed_bytes", "replicated_bytes", "pool_active",
-    "finished_stop", "finished_length", "last_settled", "first_taken",
+    "finished_stop", "finished_length", "last_settled", "first_taken", "tail_began", "gpu", "loaded", "measured",
 )  # fmt: skip
 _FIELD = {name: index for index, name in enumerate(RANK_FIELDS)}
 _HEADER = struct.Struct("<8sIIQQ")  # magic, version, ranks, items, failed rows of the input
@@ -206,6 +206,10 @@ class Board:
         states = self._states
         free, done = int((states == FREE).sum()), int((states < 0).sum())
         return {"free": free, "taken": self.items - free - done, "done": done}
+
+    def answered(self) -> int:
+        """Items settled by any rank of this run; cheap, and a few behind where a rank died."""
+        return int(self._ranks[:, [_FIELD["succeeded"], _FIELD["failed"]]].sum())
 
     def dead_ranks(self) -> list[int]:
         """Ranks whose processes ended before they had finished."""

@@ -33,6 +33,7 @@ class Options:
     model: str | None
     model_name: str
     ranks: int
+    load_format: str = "auto"
     resume: bool = False
     overwrite: bool = False
     pooled: bool = True
@@ -43,6 +44,8 @@ class Options:
     max_batch: int | None = None
     group: int = 8
     kv_bytes: int | None = None
+    utilization: float = 0.9
+    batch_tokens: int | None = None
     defaults: Defaults = field(default_factory=Defaults)
     metrics_host: str = "127.0.0.1"
     metrics_port: int | None = None
@@ -122,6 +125,7 @@ def _prepare(options: Options, scratch: Path, world: int | None = None) -> tuple
     group = max(1, min(options.group, -(-len(work.extents) // world)))
     job = Job(
         model=options.model,
+        load_format=options.load_format,
         model_name=options.model_name,
         board=str(board),
         spool=str(spool),
@@ -133,6 +137,8 @@ def _prepare(options: Options, scratch: Path, world: int | None = None) -> tuple
         batching=options.batching,
         max_batch=options.max_batch,
         kv_bytes=options.kv_bytes,
+        utilization=options.utilization,
+        batch_tokens=options.batch_tokens,
         group=group,
         samples=work.samples,
         filters=work.filters,

@@ -7,11 +7,13 @@ from typing import Any
 
 from .records import BadRow, Request
 
+_BYTES = 256
 _TAIL_TOKENS = 8  # more than one character can be spread over
 
 
 class Codec:
-    """A tokenizer and the model's limits. `tokenizer` None: bytes are the tokens (the tiny random model)."""
+    """A tokenizer and the model's limits. `tokenizer` None: bytes are the tokens (made-up models); of a vocabulary
+    beyond bytes, answers are the tokens' numbers."""
 
     def __init__(self, tokenizer: Any, end_tokens: set[int], context: int | None, vocabulary: int) -> None:
         self.tokenizer = tokenizer
@@ -68,6 +70,8 @@ class Codec:
 
     def decode(self, tokens: Sequence[int]) -> str:
         if self.tokenizer is None:
+            if self.vocabulary > _BYTES:
+                return "".join(f"{token} " for token in tokens)
             return bytes(tokens).decode("latin-1")
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
 

@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 _POLL_S = 0.1
 _IDLE_S = 0.2
+_TAIL = 0.05  # of the requests
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Job:
     """What every rank is told; plain values, since it travels as JSON. `model` None: the tiny random one."""
 
     model: str | None
+    load_format: str
     model_name: str
     board: str
     spool: str
@@ -38,6 +40,8 @@ class Job:
     batching: str
     max_batch: int | None
     kv_bytes: int | None
+    utilization: float
+    batch_tokens: int | None
     group: int
     samples: bool
     filters: bool
@@ -63,7 +67,7 @@ def serve(context: Any, job: Job) -> None:
         loaded = load(job, context.rank)
         if loaded.pool is not None:
             stack.enter_context(loaded.pool)  # closed last: it serves the others until all are done
-        with contextlib.closing(loaded.make_engine()) as engine:
+        with contextlib.closing(loaded.make_engine(board)) as engine:
             board.report(
                 ready=1,
                 load_seconds=time.monotonic() - begin,
@@ -84,6 +88,7 @@ class _Loop:
         self.codec, self.pool, self.engine = loaded.codec, loaded.pool, engine
         self._begin = 0.0
         self._prompt_tokens = 0
+        self._in_tail = False
 
     def run(self) -> None:
         self._begin = time.monotonic()
@@ -139,7 +144,15 @@ class _Loop:
         if self.board.settle(ticket.item, lambda: self.output.append_locked(line)):
             self._prompt_tokens += len(ticket.prompt)
             self.board.add(succeeded=1, **{f"finished_{reason}": 1})
-            self.board.report(last_settled=time.time())
+            self._note_time()
+
+    def _note_time(self) -> None:
+        """When the last answer came, and since when fewer than a part of the requests are left: the run's tail."""
+        now = time.time()
+        self.board.report(last_settled=now)
+        if not self._in_tail and self.board.items - self.board.answered() < _TAIL * self.board.items:
+            self.board.report(tail_began=now)
+            self._in_tail = True
 
     def _refuse(self, item: int, request: Request, error: BadRow, status: int) -> None:
         line = error_line(request.key, request.custom_id, error, status)

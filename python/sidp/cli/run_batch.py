@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import sys
+from pathlib import Path
 
 from ..errors import ConfigError
 from .checks import positive
@@ -27,6 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dp", type=positive, metavar="N", help="ranks to start (default: 2, or torchrun's)")
     parser.add_argument("--resume", action="store_true", help="go on with an output that was cut")
     parser.add_argument("--overwrite", action="store_true", help="start over, dropping what the output holds")
+    parser.add_argument(
+        "--load-format",
+        choices=("auto", "dummy"),
+        default="auto",
+        help="dummy: made-up weights of the shape that --model's config.json, or a name that sidp plan knows, says",
+    )
     _generation(parser.add_argument_group("where a request does not say"))
     _engine(parser.add_argument_group("engine"))
     _pool(parser.add_argument_group("pool"))
@@ -66,7 +73,23 @@ def _engine(group) -> None:
     group.add_argument("--max-batch", type=positive, metavar="N", help="requests in one batch at most (default: KV's)")
     group.add_argument("--group-size", type=positive, default=8, metavar="N", help="requests in a group (default: 8)")
     group.add_argument(
-        "--kv-memory-gib", type=float, metavar="G", help="KV cache of a rank (default: what is free; 0.5 on the CPU)"
+        "--kv-memory-gib",
+        type=float,
+        metavar="G",
+        help="KV cache of a rank (default: its part of the GPU; 0.5 on CPUs)",
+    )
+    group.add_argument(
+        "--gpu-memory-utilization",
+        type=float,
+        default=0.9,
+        metavar="U",
+        help="part of a GPU's memory that its ranks may use in all, split evenly among them (default: 0.9)",
+    )
+    group.add_argument(
+        "--max-batched-tokens",
+        type=positive,
+        metavar="N",
+        help="prompt and new tokens of one step at most (default: 2048, 512 on CPUs)",
     )
 
 
@@ -75,6 +98,7 @@ def _pool(group) -> None:
     group.add_argument("--mode", choices=("auto", "was", "cas", "local"), help="default: auto")
     group.add_argument("--placement", choices=("layer", "striped"), help="default: layer")
     group.add_argument("--slots", type=positive, metavar="N", help="slots of the ring (default: sidp chooses)")
+    group.add_argument("--host-tier", action="store_true", help="FFN weights lie in pinned host memory (CUDA)")
     group.add_argument("--resident-layers", type=int, metavar="N", help="layers that every rank keeps (default: 0)")
 
 
@@ -121,7 +145,7 @@ def _report(args: argparse.Namespace, batch, summary: dict) -> int:
 
 def _options(args: argparse.Namespace, batch):
     from ..batch.records import Defaults
-    from .models import resolve
+    from .models import ModelSource, resolve
 
     if args.resume and args.overwrite:
         raise ConfigError("--resume and --overwrite exclude each other: go on with the output, or start over")
@@ -129,7 +153,12 @@ def _options(args: argparse.Namespace, batch):
         raise ConfigError("--temperature must be in 0 ... 2 and --top-p in 0 ... 1")
     if args.summary and not os.path.isdir(os.path.dirname(os.path.abspath(args.summary))):
         raise ConfigError(f"--summary {args.summary}: its folder does not exist; create it first")
-    model = resolve(args.model, lambda line: print(line, file=sys.stderr, flush=True))
+    if not 0 < args.gpu_memory_utilization <= 1:
+        raise ConfigError(f"--gpu-memory-utilization must be above 0 and at most 1, got {args.gpu_memory_utilization}")
+    if args.load_format == "dummy":
+        model = ModelSource(args.model, _known(args.model))
+    else:
+        model = resolve(args.model, lambda line: print(line, file=sys.stderr, flush=True))
     names = ("mode", "placement", "slots", "resident_layers")
     return batch.Options(
         input=args.input,
@@ -140,18 +169,32 @@ def _options(args: argparse.Namespace, batch):
         resume=args.resume,
         overwrite=args.overwrite,
         pooled=not args.no_pool,
-        pool_config={name: getattr(args, name) for name in names if getattr(args, name) is not None},
+        load_format=args.load_format,
+        pool_config={
+            **{name: getattr(args, name) for name in names if getattr(args, name) is not None},
+            **({"host_tier": True} if args.host_tier else {}),
+        },
         backend=args.backend,
         dtype=args.dtype,
         batching=args.batching,
         max_batch=args.max_batch,
         group=min(args.group_size, args.max_batch or args.group_size),
         kv_bytes=None if args.kv_memory_gib is None else int(args.kv_memory_gib * 2**30),
+        utilization=args.gpu_memory_utilization,
+        batch_tokens=args.max_batched_tokens,
         defaults=Defaults(args.max_tokens, args.temperature, args.top_p, args.seed, args.chat),
         metrics_host=args.metrics_host,
         metrics_port=args.metrics_port,
         progress=not args.quiet,
     )
+
+
+def _known(model: str) -> str:
+    """For --load-format dummy: a path made absolute, or a model's name. ConfigError where it is neither."""
+    from ..planner.models import load_model
+
+    load_model(model)
+    return str(Path(model).resolve()) if Path(model).exists() else model
 
 
 def _port(text: str) -> int:

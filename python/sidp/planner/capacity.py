@@ -16,8 +16,7 @@ from ..slots import choose_slots
 from .gpus import GPU
 from .models import ModelShape
 
-# Sequences whose logits an engine samples at once, at most (vLLM's offline default on large GPUs).
-_SAMPLED = 1024
+ENGINES = ("vllm", "transformers")
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,11 @@ class Deployment:
         prompt: tokens of its prompt; None takes half of seq.
         utilization: share of the GPU's memory that the engine may use.
         batched_tokens: rows of the largest forward, which sizes the activations.
-        reserve_bytes: CUDA context, NCCL and library workspaces, fragmentation.
+        reserve_bytes: CUDA context, NCCL and library workspaces, fragmentation; of one rank.
+        sampled: sequences whose logits are computed at once, at most (1024 is vLLM's offline default on large GPUs).
+        engine: "vllm", which reads the KV cache where it lies, or "transformers", whose paged attention copies the keys
+            and values that it reads, a layer at a time.
+        ranks_per_gpu: replicas that share a GPU's memory evenly and, pooled by layer, read each other's layers in place.
     """
 
     model: ModelShape
@@ -41,9 +44,12 @@ class Deployment:
     utilization: float = 0.9
     batched_tokens: int = 8192
     reserve_bytes: int = 2**30
+    sampled: int = 1024
+    engine: str = "vllm"
+    ranks_per_gpu: int = 1
 
     def __post_init__(self):
-        for name in ("dp", "seq", "batched_tokens"):
+        for name in ("dp", "seq", "batched_tokens", "sampled", "ranks_per_gpu"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{name} must be an integer of 1 or more, got {value!r}")
@@ -53,6 +59,12 @@ class Deployment:
             raise ConfigError(f"utilization must be above 0 and at most 1, got {self.utilization}")
         if self.reserve_bytes < 0:
             raise ConfigError(f"the reserve must be 0 bytes or more, got {self.reserve_bytes}")
+        if self.engine not in ENGINES:
+            raise ConfigError(f"engine must be one of {', '.join(ENGINES)}, got {self.engine!r}")
+        if self.dp % self.ranks_per_gpu or (self.ranks_per_gpu > 1 and self.tp > 1):
+            raise ConfigError(
+                f"ranks_per_gpu={self.ranks_per_gpu} must divide dp={self.dp}, and replicas of tp={self.tp} GPUs share none"
+            )
         self.model.check_tp(self.tp)
 
     @property
@@ -79,8 +91,22 @@ class Deployment:
         model, size = self.model, self.model.dtype.itemsize
         inner = max(ffn.inner for ffn in model.ffns) // self.tp
         forward = self.batched_tokens * 3 * (inner + model.hidden) * size
-        sampling = min(_SAMPLED, self.batched_tokens) * model.vocabulary * (size + 8)
+        sampling = min(self.sampled, self.batched_tokens) * model.vocabulary * (size + 8)
         return max(forward, sampling)
+
+    def engine_bytes_per_token(self) -> int:
+        """Beside each token in the KV cache: the copy of one layer's keys and values and two indices, or nothing."""
+        if self.engine == "vllm":
+            return 0
+        return self.model.kv_bytes_per_token(self.tp) // self.model.layers + 16
+
+    def read_in_place(self, placement, kind: str, rank: int) -> list[bool]:
+        """By layer: whether it lies on the GPU of `rank`. Ranks go round the GPUs."""
+        gpus = self.dp // self.ranks_per_gpu
+        layers = range(self.model.layers)
+        if kind != "layer":
+            return [placement.local(layer, rank) for layer in layers]
+        return [placement.local(layer, rank) or placement.owner(layer) % gpus == rank % gpus for layer in layers]
 
 
 @dataclass(frozen=True)
@@ -103,6 +129,7 @@ class MemoryPlan:
     fetched_bytes: tuple[int, ...]  # from other ranks, in one forward
     largest_copy_bytes: int  # of the copies that make up a fetch
     kv_bytes_per_token: int
+    engine_bytes_per_token: int
     tp: int
     seq: int
 
@@ -115,7 +142,7 @@ class MemoryPlan:
 
     def kv_tokens(self, rank: int) -> int:
         """Tokens that replica `rank` can keep."""
-        return max(0, self.kv_bytes(rank)) // self.kv_bytes_per_token
+        return max(0, self.kv_bytes(rank)) // (self.kv_bytes_per_token + self.engine_bytes_per_token)
 
     @property
     def tightest(self) -> int:
@@ -144,7 +171,7 @@ def replicated(deployment: Deployment) -> MemoryPlan:
         active=False,
         reason="",
         slots=(0,) * deployment.dp,
-        usable_bytes=int(deployment.gpu.memory_bytes * deployment.utilization),
+        usable_bytes=int(deployment.gpu.memory_bytes * deployment.utilization) // deployment.ranks_per_gpu,
         other_bytes=deployment.model.other_bytes(deployment.tp),
         ffn_bytes=(placement.arena_bytes(0),) * deployment.dp,
         ring_bytes=(0,) * deployment.dp,
@@ -153,6 +180,7 @@ def replicated(deployment: Deployment) -> MemoryPlan:
         fetched_bytes=(0,) * deployment.dp,
         largest_copy_bytes=0,
         kv_bytes_per_token=deployment.model.kv_bytes_per_token(deployment.tp),
+        engine_bytes_per_token=deployment.engine_bytes_per_token(),
         tp=deployment.tp,
         seq=deployment.seq,
     )
@@ -174,7 +202,7 @@ def pooled(deployment: Deployment, kind: str, slots: int | None = None) -> Memor
             f"owns at least one; use a smaller dp or placement='striped'"
         )
     placement = C.Placement(kind, deployment.layouts, dp)
-    local = [[placement.local(layer, rank) for layer in range(layers)] for rank in range(dp)]
+    local = [deployment.read_in_place(placement, kind, rank) for rank in range(dp)]
     shares = tuple(placement.arena_bytes(rank) for rank in range(dp))
     chosen, pays = choose_slots(placement, slots, True, local, shares)
     stride = -(-placement.largest_unit_bytes // C.slot_alignment) * C.slot_alignment
@@ -182,7 +210,7 @@ def pooled(deployment: Deployment, kind: str, slots: int | None = None) -> Memor
     if slots is None and not pays:
         reason = "pooling would free nothing: share and ring take as much as the weights"
         return replace(base, kind=kind, reason=reason)
-    remote = [_remote_copies(placement, rank, layers) for rank in range(dp)]
+    remote = [_remote_copies(placement, rank, here) for rank, here in enumerate(local)]
     return replace(
         base,
         kind=kind,
@@ -191,11 +219,11 @@ def pooled(deployment: Deployment, kind: str, slots: int | None = None) -> Memor
         ffn_bytes=shares,
         ring_bytes=rings,
         fetched_bytes=tuple(sum(sizes) for sizes in remote),
-        largest_copy_bytes=max(size for sizes in remote for size in sizes),
+        largest_copy_bytes=max((size for sizes in remote for size in sizes), default=0),
     )
 
 
-def _remote_copies(placement, rank: int, layers: int) -> list[int]:
+def _remote_copies(placement, rank: int, here: list[bool]) -> list[int]:
     """Bytes of each copy that other ranks' memory feeds in one forward of `rank`."""
-    ops = (op for layer in range(layers) for op in placement.copies(layer, rank))
+    ops = (op for layer, local in enumerate(here) if not local for op in placement.copies(layer, rank))
     return [op.width * op.height for op in ops if op.owner != rank]

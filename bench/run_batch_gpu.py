@@ -1,0 +1,417 @@
+"""`sidp run-batch` replicated against pooled, on one GPU or two, in the manner of `vllm bench throughput`.
+
+Made-up weights of real shapes, prompts of a fixed number of random tokens, answers of a fixed length (end tokens are
+ignored), greedy. A row is one `sidp run-batch`: its KV tokens, peak batch, output tokens/s from the first request taken
+to the last settled, preemptions and tail (time with under 5 % of the requests left). Rows of one `pair` differ in the
+pool alone; their answers are compared. Ranks that share a GPU run under an MPS of this script's own.
+
+    python bench/run_batch_gpu.py --budget-s 200 --json OUT.json              # several ranks on one GPU
+    python bench/run_batch_gpu.py --suite host --budget-s 120                 # one rank, FFN weights in host memory
+    python bench/run_batch_gpu.py --devices 2 --budget-s 240                  # one rank on each of two GPUs
+    python bench/run_batch_gpu.py --dry-run                                   # tiny shapes on the CPU
+
+A row for which the time left does not suffice is skipped and says so; one that does not fit the memory says that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class Row:
+    """`estimate_s`: of the whole row, loading included; it is stopped after twice that."""
+
+    name: str
+    pair: str
+    model: str
+    ranks: int
+    pooled: bool
+    requests: int
+    prompt: int
+    answer: int
+    estimate_s: float
+    utilization: float = 0.9
+    layers: int | None = None  # of the model's, where not all
+    max_batch: int = 512
+    options: tuple[str, ...] = ()
+    offload: str = ""  # "accelerate": a replicated rank whose FFN weights accelerate keeps in host memory
+    ranks_per_gpu: int = 1
+    tags: tuple[str, ...] = field(default=(), repr=False)
+
+
+def one_gpu() -> list[Row]:
+    """Several ranks on one GPU. Pooled ones read the others' layers in place: no ring, no link."""
+    fourteen = Row("14B x2 1K replicated", "14B x2 1K", "Qwen3-14B", 2, False, 128, 768, 256, 45, ranks_per_gpu=2)
+    eight = Row(
+        "8B x4 1K replicated", "8B x4 1K", "Qwen3-8B", 4, False, 96, 768, 256, 55, utilization=0.97, ranks_per_gpu=4
+    )
+    same = Row(
+        "14B x2 identity replicated", "14B x2 identity", "Qwen3-14B", 2, False, 32, 64, 24, 16, layers=6, ranks_per_gpu=2,
+        options=("--batching", "grouped", "--group-size", "8"),
+    )  # fmt: skip
+    long = replace(fourteen, requests=64)
+    return [
+        fourteen,
+        _pooled(fourteen, 38),
+        eight,
+        _pooled(eight, 32),
+        same,
+        _pooled(same, 16),
+        replace(long, name="14B x2 2K replicated", pair="14B x2 2K", prompt=1536, answer=512, estimate_s=60),
+        _pooled(replace(long, name="14B x2 2K replicated", pair="14B x2 2K", prompt=1536, answer=512), 45),
+        replace(long, name="14B x2 4K replicated", pair="14B x2 4K", prompt=3584, answer=512, estimate_s=90),
+        _pooled(replace(long, name="14B x2 4K replicated", pair="14B x2 4K", prompt=3584, answer=512), 60),
+    ]
+
+
+def host_tier() -> list[Row]:
+    """One rank. Utilization is set so that weights and cache stand to each other as those of all layers on 80 GB."""
+    resident = Row(
+        "32B/24 resident", "32B/24 host", "Qwen3-32B", 1, False, 512, 64, 16, 25, utilization=0.4, layers=24,
+        max_batch=1024, options=("--max-batched-tokens", "8192"),
+    )  # fmt: skip
+    tier = replace(
+        resident, name="32B/24 host tier", pooled=True, options=(*resident.options, "--host-tier", "--slots", "3"),
+        estimate_s=35,
+    )  # fmt: skip
+    return [tier, replace(resident, name="32B/24 accelerate", offload="accelerate", estimate_s=60), resident]
+
+
+def two_gpus() -> list[Row]:
+    """One rank on each GPU, over the link between them."""
+    large = Row("32B x2 1K replicated", "32B x2 1K", "Qwen3-32B", 2, False, 96, 768, 256, 75)
+    capped = Row("14B x2 1K at 0.6 replicated", "14B x2 1K at 0.6", "Qwen3-14B", 2, False, 256, 768, 256, 50, 0.6)
+    return [
+        large,
+        _pooled(large, 55, "was"),
+        _pooled(large, 55, "auto"),
+        replace(
+            _pooled(large, 55, "was"), name="32B x2 1K striped was", options=("--mode", "was", "--placement", "striped")
+        ),
+        capped,
+        _pooled(capped, 45, "was"),
+        _pooled(capped, 45, "auto"),
+    ]
+
+
+def _pooled(row: Row, estimate_s: float, mode: str = "") -> Row:
+    options = (*row.options, "--mode", mode) if mode else row.options
+    name = row.name.replace("replicated", f"pooled {mode}".strip())
+    return replace(row, name=name, pooled=True, estimate_s=estimate_s, options=options)
+
+
+TINY = {
+    "model_type": "qwen3", "vocab_size": 500, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 8,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": False,
+    "max_position_embeddings": 4096, "torch_dtype": "bfloat16",
+}  # fmt: skip
+
+
+def small(row: Row) -> Row:
+    """The same row for a CPU, to try the script itself."""
+    options = tuple(word for word in row.options if word != "--host-tier")
+    return replace(row, requests=8, prompt=12, answer=6, max_batch=8, layers=row.layers and 6, options=options)
+
+
+# ---- one row --------------------------------------------------------------------------------------------------------
+
+
+class Bench:
+    def __init__(self, args: argparse.Namespace, scratch: Path) -> None:
+        self.args, self.scratch = args, scratch
+        self.end = time.monotonic() + args.budget_s
+        self.answers: dict[str, dict[str, str]] = {}
+        self.device: dict[int, tuple[int, int]] = {}
+
+    def run(self, row: Row) -> dict:
+        """The row as plain values: figures, or `status` with the reason why there are none."""
+        result = {**asdict(row), "status": "ok"}
+        left = self.end - time.monotonic()
+        if left < row.estimate_s:
+            return {**result, "status": f"skipped: {left:.0f} s left, about {row.estimate_s:.0f} needed"}
+        folder = Path(tempfile.mkdtemp(dir=self.scratch))
+        begin = time.monotonic()
+        try:
+            limit_s = left if self.args.dry_run else min(left, 2 * row.estimate_s)
+            summary = self._execute(row, folder, limit_s)
+        except RowFailed as error:
+            return {**result, "status": str(error), "row_s": round(time.monotonic() - begin, 1)}
+        result |= summary
+        result["row_s"] = round(time.monotonic() - begin, 1)
+        self._compare(row, folder / "out.jsonl", result)
+        self._predict(row, folder, result)
+        return result
+
+    def _execute(self, row: Row, folder: Path, limit_s: float) -> dict:
+        self._write_input(row, folder / "in.jsonl")
+        model = self._model(row, folder)
+        summary = folder / "summary.json"
+        words = [
+            "-i", folder / "in.jsonl", "-o", folder / "out.jsonl", "--model", model, "--load-format", "dummy",
+            "--dp", row.ranks, "--max-batch", row.max_batch, "--summary", summary, "--quiet",
+            "--backend", "cpu" if self.args.dry_run else "cuda", "--gpu-memory-utilization", row.utilization,
+            *([] if row.pooled else ["--no-pool"]), *row.options,
+        ]  # fmt: skip
+        program = ["-m", "sidp.cli", "run-batch"]
+        if row.offload:
+            program = [str(HERE / "run_batch_offload.py")]
+        process = subprocess.Popen(
+            [sys.executable, *program, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        try:
+            _, stderr = process.communicate(timeout=limit_s)
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.communicate(timeout=15)
+            process.kill()
+            done = (folder / "out.jsonl").read_bytes().count(b"\n") if (folder / "out.jsonl").exists() else 0
+            raise RowFailed(f"stopped after {limit_s:.0f} s with {done} of {row.requests} requests answered") from None
+        reasons = [
+            line for line in stderr.splitlines() if "error" in line.lower() or "fit" in line
+        ] or stderr.splitlines()
+        if any("does not fit" in line or "OutOfMemory" in line or "out of memory" in line for line in reasons):
+            raise RowFailed("does not fit: " + next(line for line in reasons if "fit" in line or "emory" in line)[:300])
+        if process.returncode != 0 or not summary.exists():
+            raise RowFailed(f"failed ({process.returncode}): " + " | ".join(reasons[-4:])[:800])
+        return _figures(json.loads(summary.read_text()))
+
+    def _write_input(self, row: Row, path: Path) -> None:
+        rng = random.Random(row.pair)  # rows of a pair get the same prompts
+        vocabulary = TINY["vocab_size"] if self.args.dry_run else 150_000
+        with open(path, "w") as file:
+            for number in range(row.requests):
+                tokens = [rng.randrange(1, vocabulary) for _ in range(row.prompt)]
+                request = {"id": f"r{number}", "prompt": tokens, "max_tokens": row.answer, "ignore_eos": True}
+                file.write(json.dumps(request) + "\n")
+
+    def _model(self, row: Row, folder: Path) -> str | Path:
+        from sidp.planner.presets import preset
+
+        if row.layers is None and not self.args.dry_run:
+            return row.model
+        config = dict(TINY if self.args.dry_run else preset(row.model))
+        config.pop("_name", None)
+        if row.layers is not None:
+            config["num_hidden_layers"] = row.layers
+        config["architectures"] = ["Qwen3ForCausalLM"]
+        (folder / "config.json").write_text(json.dumps(config))
+        return folder
+
+    # ---- what a row is compared with ------------------------------------------------------------------------------
+
+    def _compare(self, row: Row, output: Path, result: dict) -> None:
+        """With the first row of the pair: requests whose answers are equal, and tokens before the first difference."""
+        mine = {}
+        for line in output.read_text().splitlines():
+            answer = json.loads(line)
+            if answer["error"] is None:
+                mine[answer["custom_id"]] = answer["response"]["body"]["choices"][0]["text"]
+        first = self.answers.setdefault(row.pair, mine)
+        if first is mine:
+            return
+        both = [name for name in mine if name in first]
+        result["same_answers"] = f"{sum(mine[name] == first[name] for name in both)} of {len(both)}"
+        prefixes = [_common(mine[name].split(), first[name].split()) / row.answer for name in both]
+        result["same_tokens"] = round(sum(prefixes) / max(1, len(prefixes)), 4)
+
+    def _predict(self, row: Row, folder: Path, result: dict) -> None:
+        """What `sidp plan` says of the KV tokens, from the config, the device's memory and a context's size."""
+        if self.args.dry_run or row.offload or "--host-tier" in row.options:
+            return
+        from sidp.planner.capacity import Deployment, pooled, replicated
+        from sidp.planner.gpus import GPU
+        from sidp.planner.models import load_model
+
+        context, memory = self._device(row.ranks_per_gpu)
+        deployment = Deployment(
+            model=load_model(str(self._model(row, folder))),
+            gpu=GPU("measured", memory, 3e12, 6e14, 3.75e11, "this device"),
+            dp=row.ranks,
+            seq=row.prompt + row.answer,
+            utilization=row.utilization,
+            batched_tokens=2048,
+            reserve_bytes=context,
+            ranks_per_gpu=row.ranks_per_gpu,
+            sampled=row.max_batch,
+            engine="transformers",
+        )
+        kind = "striped" if "striped" in row.options else "layer"
+        plan = pooled(deployment, kind) if row.pooled else replicated(deployment)
+        result["predicted_kv_tokens"] = plan.node_kv_tokens
+        result["context_bytes"] = deployment.reserve_bytes
+        if plan.node_kv_tokens:
+            result["measured_to_predicted"] = round(result["kv_tokens"] / plan.node_kv_tokens, 4)
+
+    def _device(self, ranks: int) -> tuple[int, int]:
+        """Measured here: (bytes that one of `ranks` processes on a GPU takes before it holds anything, the GPU's)."""
+        if ranks not in self.device:
+            self.device[ranks] = _measure(ranks)
+        return self.device[ranks]
+
+
+class RowFailed(Exception):
+    """The message is the row's status."""
+
+
+def _figures(summary: dict) -> dict:
+    ranks = summary["per_rank"]
+    return {
+        "kv_tokens": summary["kv_capacity_tokens"],
+        "peak_batch": summary["peak_running"],
+        "output_tokens_per_s": summary["output_tokens_per_s"],
+        "prompt_tokens_per_s": summary["prompt_tokens_per_s"],
+        "output_tokens": summary["output_tokens"],
+        "generation_s": summary["generation_seconds"],
+        "tail_s": summary["tail_seconds"],
+        "preemptions": summary["preemptions"],
+        "kv_peak_tokens": summary["kv_peak_tokens"],
+        "mode_shares": summary["mode_shares"],
+        "ring_stall_s": summary["ring_stall_seconds"],
+        "freed_bytes": sum(rank["freed_bytes"] for rank in ranks),
+        "fetched_bytes": sum(rank["fetched_bytes"] for rank in ranks),
+        "ring_bytes": sum(rank["ring_bytes"] for rank in ranks),
+        "load_s": round(max(rank["load_seconds"] for rank in ranks), 1),
+    }
+
+
+def _common(a: list[str], b: list[str]) -> int:
+    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+# ---- the device -----------------------------------------------------------------------------------------------------
+
+_CONTEXT = """
+import sys, torch
+torch.cuda.init()
+a = torch.randn(512, 512, device="cuda", dtype=torch.bfloat16)
+a @ a
+torch.cuda.synchronize()
+del a
+torch.cuda.empty_cache()
+free, total = torch.cuda.mem_get_info()
+print(total - free, total, flush=True)
+sys.stdin.readline()
+"""
+
+
+def _measure(ranks: int) -> tuple[int, int]:
+    """Processes are started one after another, all alive at the end, whose memory is divided by their number."""
+    started, used, total = [], 0, 0
+    try:
+        for _ in range(ranks):
+            process = subprocess.Popen(
+                [sys.executable, "-c", _CONTEXT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            )
+            started.append(process)
+            used, total = map(int, process.stdout.readline().split())
+    finally:
+        for process in started:
+            process.communicate("\n", timeout=30)
+    return used // ranks, total
+
+
+@contextlib.contextmanager
+def mps(wanted: bool):
+    """An MPS of our own for the rows' processes, stopped at the end."""
+    if not wanted:
+        yield
+        return
+    folders = {name: tempfile.mkdtemp() for name in ("CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY")}
+    os.environ.update(folders)
+    subprocess.run(["nvidia-cuda-mps-control", "-d"], check=True, timeout=30)
+    try:
+        yield
+    finally:
+        subprocess.run(["nvidia-cuda-mps-control"], input="quit\n", text=True, timeout=30, check=False)
+        for name, folder in folders.items():
+            os.environ.pop(name)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def environment(dry_run: bool) -> dict:
+    """Without a CUDA context of our own, which would take memory from the rows."""
+    import torch
+    import transformers
+
+    names = ["cpu"]
+    if not dry_run:
+        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        names = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split("\n")[:-1]
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "devices": names,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+# ---- the table ------------------------------------------------------------------------------------------------------
+
+_COLUMNS = (
+    ("row", 30), ("KV tok", 9), ("batch", 6), ("tok/s", 8), ("x", 5), ("tail s", 7), ("preempt", 7), ("same", 10),
+    ("tok=", 6), ("plan", 6), ("s", 5),
+)  # fmt: skip
+
+
+def print_table(results: list[dict]) -> None:
+    print(" ".join(f"{title:>{width}}" for title, width in _COLUMNS))
+    base: dict[str, float] = {}
+    for r in results:
+        if r["status"] != "ok":
+            print(f"{r['name']:>30} {r['status']}")
+            continue
+        first = base.setdefault(r["pair"], r["output_tokens_per_s"])
+        cells = (
+            r["name"], f"{r['kv_tokens']:,}", r["peak_batch"], f"{r['output_tokens_per_s']:.0f}",
+            f"{r['output_tokens_per_s'] / first:.2f}" if first else "-", f"{r['tail_s']:.1f}", r["preemptions"],
+            r.get("same_answers", "-"), r.get("same_tokens", "-"), r.get("measured_to_predicted", "-"), r["row_s"],
+        )  # fmt: skip
+        print(" ".join(f"{cell!s:>{width}}" for cell, (_, width) in zip(cells, _COLUMNS, strict=True)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--devices", type=int, default=1, choices=(1, 2))
+    parser.add_argument(
+        "--suite", choices=("ranks", "host"), default="ranks", help="of one GPU: ranks that share it, or host memory"
+    )
+    parser.add_argument("--budget-s", type=float, default=200.0, help="no row starts that would not end within it")
+    parser.add_argument("--rows", nargs="+", metavar="TEXT", help="only rows whose names hold one of these")
+    parser.add_argument("--json", metavar="FILE", help="write the results there")
+    parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU")
+    args = parser.parse_args()
+    rows = two_gpus() if args.devices == 2 else host_tier() if args.suite == "host" else one_gpu()
+    rows = [row for row in rows if not args.rows or any(text in row.name for text in args.rows)]
+    if args.dry_run:
+        rows = [small(row) for row in rows]
+    results: list[dict] = []
+    shared = not args.dry_run and args.devices == 1 and args.suite == "ranks"
+    with tempfile.TemporaryDirectory(prefix="sidp-bench-") as scratch, mps(shared):
+        bench = Bench(args, Path(scratch))
+        for row in rows:
+            results.append(bench.run(row))
+            shown = ("name", "status", "row_s", "load_s")
+            print(json.dumps({key: results[-1].get(key) for key in shown}), flush=True)
+            if args.json:
+                report = {"environment": environment(args.dry_run), "rows": results}
+                Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
+    print_table(results)
+
+
+if __name__ == "__main__":
+    main()
