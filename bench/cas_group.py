@@ -186,8 +186,8 @@ def relative(y: torch.Tensor, reference: torch.Tensor) -> float:
     return ((y.double() - reference).norm() / reference.norm()).item()
 
 
-def graph_us(function, repeats=10, rounds=7) -> float:
-    """Median time of one call in microseconds, from replays of a graph of `repeats` calls."""
+def captured(function, repeats=10) -> tuple:
+    """A graph of `repeats` calls and its stream. Capturing waits for all of the device."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for i in range(3):
@@ -197,6 +197,12 @@ def graph_us(function, repeats=10, rounds=7) -> float:
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="relaxed"):
             for i in range(repeats):
                 function(i)
+    return graph, stream
+
+
+def replay_us(graph, stream, repeats=10, rounds=7) -> float:
+    """Median time of one of the `repeats` calls of `graph` in microseconds."""
+    with torch.cuda.stream(stream):
         times = []
         for _ in range(rounds + 1):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -206,3 +212,7 @@ def graph_us(function, repeats=10, rounds=7) -> float:
             end.synchronize()
             times.append(start.elapsed_time(end) * 1e3 / repeats)
     return statistics.median(times[1:])
+
+
+def graph_us(function, repeats=10, rounds=7) -> float:
+    return replay_us(*captured(function, repeats), repeats, rounds)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from cas_group import SHAPES, Group, Weights, graph_us
+from cas_group import SHAPES, Group, Weights, captured, replay_us
 
 SEQUENCES, CONTEXT, HEADS, KV_HEADS, HEAD = 64, 2048, 64, 8, 128
 
@@ -36,37 +36,32 @@ class Decode:
 
 
 def measure(work: dict) -> dict[str, float]:
-    return {name: graph_us(function, repeats=10, rounds=5) for name, function in work.items()}
+    return {name: replay_us(*graph, rounds=5) for name, graph in work.items()}
 
 
 def beside_busy(group: Group, x: torch.Tensor, work: dict) -> dict[str, float]:
     """`work` while another stream calls the server without a pause."""
-    stream = torch.cuda.Stream()
     y = torch.empty_like(x)
+
+    def call(i):
+        group.push(0, i % 2, x)
+        group.wait(0, y)
+
+    calls, stream = captured(call, repeats=20)
     results = {}
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            group.push(0, 0, x)
-            group.wait(0, y)
-        stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="relaxed"):
-            for i in range(20):
-                group.push(0, i % 2, x)
-                group.wait(0, y)
-    for name, function in work.items():
+    for name, graph in work.items():
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         with torch.cuda.stream(stream):
             start.record()
-            for _ in range(100):
-                graph.replay()
+            for _ in range(60):
+                calls.replay()
             end.record()
-        took = graph_us(function, repeats=10, rounds=5)
+        took = replay_us(*graph, rounds=5)
         if end.query():
             raise RuntimeError("the server's requests ended before the work beside them did")
         end.synchronize()
         results[name] = took
-        results[name + ", a call beside it"] = start.elapsed_time(end) * 1e3 / 2000
+        results[name + ", a call beside it"] = start.elapsed_time(end) * 1e3 / 1200
     group.check()
     return results
 
@@ -76,7 +71,7 @@ def owner_cost(lib, sms: int) -> dict:
     units = [Weights.random(hidden, inner, "silu", True, False, torch.bfloat16) for _ in range(2)]
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     decode = Decode(units)
-    work = {"GEMM 8192^3": lambda _: a @ b, "decode layer": decode.layer}
+    work = {"GEMM 8192^3": captured(lambda _: a @ b), "decode layer": captured(decode.layer)}
     x = torch.randn(8, hidden, device="cuda", dtype=torch.bfloat16)
     states: dict = {"none": measure(work)}
 

@@ -9,19 +9,23 @@ flags="-O3 -std=c++17 -gencode=arch=compute_90a,code=sm_90a -Xcompiler -fPIC -I$
 sources="csrc/cas_server/cuda_requester.cpp csrc/cas_server/cuda_requester.cu csrc/cas_server/cuda_server.cpp
   csrc/cas_server/serve_kernels.cu csrc/cas_server/tensor_maps.cpp"
 variant_flags() {
+  local few="-DSIDP_CAS_FAST -DSIDP_CAS_LDMATRIX=16"
   case $1 in
     base) ;;
     fast) echo -DSIDP_CAS_FAST ;;
-    ldm) echo -DSIDP_CAS_FAST -DSIDP_CAS_LDMATRIX=16 ;;
-    all) echo -DSIDP_CAS_FAST -DSIDP_CAS_LDMATRIX=16 -DSIDP_CAS_ROLLED=64 ;;
-    half) echo -DSIDP_CAS_FAST -DSIDP_CAS_LDMATRIX=16 -DSIDP_CAS_ROLLED=64 -DSIDP_CAS_HALVES=1 ;;
-    over) echo -DSIDP_CAS_FAST -DSIDP_CAS_LDMATRIX=16 -DSIDP_CAS_ROLLED=64 -DSIDP_CAS_HALVES=2 ;;
-    wide) echo -DSIDP_CAS_FAST -DSIDP_CAS_LDMATRIX=16 -DSIDP_CAS_ROLLED=64 -DSIDP_CAS_WIDE=16 ;;
-    roll) echo -DSIDP_CAS_FAST -DSIDP_CAS_LDMATRIX=16 -DSIDP_CAS_ROLLED=8 ;;
-    trace) echo -DSIDP_CAS_FAST -DSIDP_CAS_LDMATRIX=16 -DSIDP_CAS_ROLLED=64 -DSIDP_CAS_TRACE ;;
+    ldm) echo $few ;;
+    shift) echo $few -DSIDP_CAS_ROLLED=64 ;;
+    shift8) echo $few -DSIDP_CAS_ROLLED=8 ;;
+    half) echo $few -DSIDP_CAS_ROLLED=64 -DSIDP_CAS_HALVES=1 ;;
+    over) echo $few -DSIDP_CAS_ROLLED=64 -DSIDP_CAS_HALVES=2 ;;
+    wide) echo $few -DSIDP_CAS_ROLLED=64 -DSIDP_CAS_WIDE=16 -DSIDP_CAS_WIDE_PAIRS=0 ;;
+    pairs) echo $few -DSIDP_CAS_ROLLED=64 -DSIDP_CAS_WIDE=16 -DSIDP_CAS_WIDE_PAIRS=1 ;;
+    trace_fast) echo -DSIDP_CAS_FAST -DSIDP_CAS_TRACE ;;
+    trace_over) echo $few -DSIDP_CAS_ROLLED=64 -DSIDP_CAS_HALVES=2 -DSIDP_CAS_TRACE ;;
   esac
 }
-builds="base fast ldm all half over wide roll"
+builds="base fast ldm shift shift8 half over wide pairs"
+traced="trace_fast trace_over"
 step() {  # step SECONDS NAME COMMAND...: the tail is shown, all of it is kept
   local limit=$1 name=$2 start=$SECONDS; shift 2
   timeout -k 5 "$limit" "$@" > "$out/$name.log" 2>&1 || echo "== $name: exit status $?"
@@ -34,16 +38,16 @@ build_one() { # SOURCE NAME: one object file
 }
 if [[ $parts == *build* ]]; then
   start=$SECONDS
-  for name in $builds trace; do
+  for name in $builds $traced; do
     for source in $sources bench/cas_capi.cu; do build_one $source $name & done
   done
   nvcc $flags -o "$built/cas_read" "$root/bench/cas_read.cu" &
-  build_one tests/gpu/cas_selftest.cpp all &  # the host's side is the same in all of them
+  build_one tests/gpu/cas_selftest.cpp base &  # the host's side is the same in all of them
   wait
-  for name in $builds trace; do
+  for name in $builds $traced; do
     objects=$(for s in $sources; do echo "$built/$name.$(basename $s).o"; done)
     nvcc -shared -o "$built/$name.so" $objects "$built/$name.cas_capi.cu.o" &
-    nvcc -o "$built/selftest_$name" $objects "$built/all.cas_selftest.cpp.o" &
+    nvcc -o "$built/selftest_$name" $objects "$built/base.cas_selftest.cpp.o" &
   done
   wait
   echo "== build, $((SECONDS - start)) s"
@@ -60,15 +64,16 @@ if [[ $parts == *measure* ]]; then
     fi
   done
   echo "== self tests right:$right"
-  step 90 compare python3 "$here/cas_compare.py" $(pairs $right) --sms 24,32,40,48 --rows 1,16,32,64,128 --out "$out/compare.json"
-  step 25 trace python3 "$here/cas_compare.py" $(pairs trace) --trace --sms 32,48 --rows 1,16,64,128 --out "$out/trace.json"
+  step 90 compare python3 "$here/cas_compare.py" $(pairs $right) --sms 32,40,48 --rows 1,16,32,64,128 --out "$out/compare.json"
+  step 25 trace python3 "$here/cas_compare.py" $(pairs $traced) --trace --sms 40,48 --rows 1,16,64,128 --out "$out/trace.json"
   step 15 read "$built/cas_read" short
   step 25 tiny python3 "$here/cas_compare.py" $(pairs $right) --shapes tiny --skip-small --sms 32 --rows 1,8,64
   step 30 owner python3 "$here/cas_kernel.py" "$built/fast.so" --owner-cost --sms 40 --out "$out/owner.json"
 fi
 if [[ $parts == *more* ]]; then
-  step 30 float16 python3 "$here/cas_compare.py" $(pairs base all) --dtype float16 --skip-small --sms 40 --rows 1,16,64
-  lines=12 step 40 selftest "$built/selftest_all" basic striped relaunch faults free graph
+  right=${right:-$builds}
+  step 30 float16 python3 "$here/cas_compare.py" $(pairs $right) --dtype float16 --skip-small --sms 40 --rows 1,16,64
+  lines=12 step 40 selftest "$built/selftest_over" basic striped relaunch faults free graph
 fi
 if [[ $parts == *profile* ]]; then
   ncu --query-metrics > "$built/metrics.txt" 2>/dev/null

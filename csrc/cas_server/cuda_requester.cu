@@ -8,9 +8,15 @@ namespace cas {
 
 namespace {
 
+#if defined(SIDP_CAS_FAST)
+constexpr u32 kCopyThreads = 256;  // many small CTAs: one that has 64 KB to move takes 1.2 us for it
+constexpr u32 kCopyUnitsPerThread = 4;  // of 16 bytes, in flight
+constexpr u32 kMaxCopyCtas = 64;
+#else
 constexpr u32 kCopyThreads = 1024;
 constexpr u32 kCopyUnitsPerThread = 4;  // of 16 bytes, in flight
 constexpr u32 kMaxCopyCtas = 16;
+#endif
 
 // Both kernels are launched so that the next one of the stream may be set up while they still run (programmatic dependent
 // launch); here each waits for its predecessor's end and its writes.
@@ -364,7 +370,12 @@ __global__ void __launch_bounds__(kCopyThreads) wait_rows(const __grid_constant_
   head.counters.service_ns += reply->service_ns;
   for (u32 i = 0; i < rows.owners; ++i) {  // R7
     u64* consumed = &args.states[rows.first_owner + i].consumed;
+#if defined(SIDP_CAS_FAST)
+    // Relaxed is enough: all rows have been read, since what was read has been written on before the barrier above.
+    *const_cast<volatile u64*>(consumed) = *const_cast<volatile u64*>(consumed) + 1;
+#else
     store_release_gpu(consumed, *const_cast<volatile u64*>(consumed) + 1);
+#endif
   }
 }
 
@@ -373,9 +384,6 @@ u32 copy_ctas(u64 bytes) {
   const u64 ctas = (bytes + per_cta - 1) / per_cta;
   return static_cast<u32>(ctas < 1 ? 1 : ctas > kMaxCopyCtas ? kMaxCopyCtas : ctas);
 }
-
-// A small CTA starts sooner.
-u32 copy_threads(u64 bytes) { return bytes <= u64(256) * kCopyUnitsPerThread * 16 ? 256 : kCopyThreads; }
 
 }  // namespace
 
@@ -388,18 +396,13 @@ cudaError_t preload_requester_kernels() {
 namespace {
 
 template <typename... Parameters, typename... Values>
-cudaError_t launch_following(void (*kernel)(Parameters...), dim3 grid, u32 threads, cudaStream_t stream,
-                             Values... values) {
+cudaError_t launch_following(void (*kernel)(Parameters...), dim3 grid, cudaStream_t stream, Values... values) {
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
-#if defined(SIDP_CAS_FAST)
-  config.blockDim = dim3(threads);
-#else
   config.blockDim = dim3(kCopyThreads);
-#endif
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = 1;
@@ -410,12 +413,13 @@ cudaError_t launch_following(void (*kernel)(Parameters...), dim3 grid, u32 threa
 
 cudaError_t launch_push(const RequesterArguments& arguments, const RowsArgument& rows, bool striped, cudaStream_t stream) {
   const u64 bytes = u64(rows.count) * arguments.hidden * 2;
-  return launch_following(push_rows, dim3(copy_ctas(bytes), rows.owners), copy_threads(bytes), stream, arguments, rows, u16(striped ? kReplyFloat32 : 0));
+  return launch_following(push_rows, dim3(copy_ctas(bytes), rows.owners), stream, arguments, rows,
+                          u16(striped ? kReplyFloat32 : 0));
 }
 
 cudaError_t launch_wait(const RequesterArguments& arguments, const RowsArgument& rows, bool striped, cudaStream_t stream) {
   const u64 bytes = u64(rows.count) * arguments.hidden * (striped ? 4 * rows.owners : 2);
-  return launch_following(wait_rows, dim3(copy_ctas(bytes)), copy_threads(bytes), stream, arguments, rows, striped);
+  return launch_following(wait_rows, dim3(copy_ctas(bytes)), stream, arguments, rows, striped);
 }
 
 }  // namespace cas

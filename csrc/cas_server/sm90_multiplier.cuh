@@ -40,14 +40,11 @@ __device__ __forceinline__ void serve_batch(const ServerArguments& args, SharedS
       if constexpr (N > SIDP_CAS_LDMATRIX) {
         multiply<T, N>(args, shared, me, stages, sums);
       } else if (kWide && phase == 1) {
-        multiply_registers<T, N, kWide>(args, shared, me, stages, sums);
-#pragma unroll
-        for (u32 i = 0; i < N / 2; ++i) {
-          sums[0][i] += sums[1][i];
-          sums[1][i] = 0.0f;
-        }
+        multiply_registers<T, N, kWide, false>(args, shared, me, stages, sums);
+      } else if (wide_pairs(N) && unit.gate_weights != nullptr) {
+        multiply_registers<T, N, wide_pairs(N), wide_pairs(N)>(args, shared, me, stages, sums);
       } else {
-        multiply_registers<T, N, false>(args, shared, me, stages, sums);
+        multiply_registers<T, N, false, false>(args, shared, me, stages, sums);
       }
 #else
       multiply<T, N>(args, shared, me, stages, sums);

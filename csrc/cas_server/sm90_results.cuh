@@ -87,40 +87,26 @@ __device__ __forceinline__ void write_pairs(const Multiplier& me, u32 first, u32
 }
 
 #if defined(SIDP_CAS_ROLLED)
-// Many rows: the sums of a tile pass through memory of this thread's own (it stays in the L2), so that a loop of few
-// instructions can finish them four at a time: unrolled over registers the code is 100 KB and more, and comes from memory.
-template <int N>
-__device__ __forceinline__ const float4* set_down(const ServerArguments& args, const Multiplier& me,
-                                                  const Accumulators<N>& sums) {
-  float4* own = partial_of(args, 2, 0, blockIdx.x) + me.group * 128 + me.thread;
-#pragma unroll
-  for (u32 i = 0; i < N / 4; ++i) {
-    const float* four = &sums[i / (N / 8)][i % (N / 8) * 4];
-    __stcg(own + i * 256, make_float4(four[0], four[1], four[2], four[3]));
-  }
-  return own;
-}
-
-// Calls use(j, lower, upper) with the sums 4 j ... 4 j + 3 of both boxes; the next ones are on their way meanwhile.
-template <typename Use>
-__device__ __forceinline__ void for_each_four(const float4* own, u32 fours, Use use) {
-  const float4* other = own + fours * 256;
-  float4 lower = __ldcg(own), upper = __ldcg(other);
+// Calls use(j, lower, upper) with the sums 4 j ... 4 j + 3 of both boxes, in a loop of few instructions: unrolled, N >= 64 is
+// 10,000 of them, which come from memory in every batch. The sums move up in their registers; through memory (tried) each
+// step takes 0.7 us, as long as a read of the L2 takes beside the weights.
+template <int N, typename Use>
+__device__ __forceinline__ void for_each_four(Accumulators<N>& sums, Use use) {
 #pragma unroll 1
-  for (u32 j = 0; j < fours; ++j) {
-    const float4 a = lower, b = upper;
-    if (j + 1 < fours) {
-      lower = __ldcg(own + (j + 1) * 256);
-      upper = __ldcg(other + (j + 1) * 256);
+  for (u32 j = 0; j < N / 8; ++j) {
+    use(j, make_float4(sums[0][0], sums[0][1], sums[0][2], sums[0][3]),
+        make_float4(sums[1][0], sums[1][1], sums[1][2], sums[1][3]));
+#pragma unroll
+    for (u32 i = 0; i + 4 < N / 2; ++i) {
+      sums[0][i] = sums[0][i + 4];
+      sums[1][i] = sums[1][i + 4];
     }
-    use(j, a, b);
   }
 }
 
 template <typename T, int N>
 __device__ __forceinline__ void write_inner_rolled(const ServerArguments& args, const Multiplier& me, const Batch& batch,
-                                                   const UnitRecord& unit, u32 tile, const Accumulators<N>& sums) {
-  const float4* own = set_down<N>(args, me, sums);
+                                                   const UnitRecord& unit, u32 tile, Accumulators<N>& sums) {
   const u32 size = unit.intermediate, rows = batch.rows;
   const bool gated = unit.gate_weights != nullptr, gate_first = unit.gate_box == 0;
   const u32 first = tile * (gated ? kBoxRows : kTileRows);
@@ -134,7 +120,7 @@ __device__ __forceinline__ void write_inner_rolled(const ServerArguments& args, 
   }
   auto address = [&](u32 row) { return args.inner[batch.id % 2] + row * args.inner_stride; };
   with_activation(unit.activation, [&](auto function) {
-    for_each_four(own, N / 8, [&](u32 j, float4 a, float4 b) {
+    for_each_four<N>(sums, [&](u32 j, float4 a, float4 b) {
       const float lower[2][2] = {{a.x, a.y}, {a.z, a.w}}, upper[2][2] = {{b.x, b.y}, {b.z, b.w}};
 #pragma unroll
       for (u32 r = 0; r < 2; ++r) {
@@ -157,8 +143,7 @@ __device__ __forceinline__ void write_inner_rolled(const ServerArguments& args, 
 
 template <typename T, int N>
 __device__ __forceinline__ void write_results_rolled(const ServerArguments& args, const Multiplier& me, const SharedBatch& here,
-                                                     const UnitRecord& unit, u32 tile, const Accumulators<N>& sums) {
-  const float4* own = set_down<N>(args, me, sums);
+                                                     const UnitRecord& unit, u32 tile, Accumulators<N>& sums) {
   const u32 size = unit.hidden, rows = here.batch.rows, first = tile * kTileRows;
   const bool float32 = (unit.reply_flags & kReplyFloat32) != 0;
   float bias[2][2];
@@ -167,7 +152,7 @@ __device__ __forceinline__ void write_results_rolled(const ServerArguments& args
 #pragma unroll
     for (u32 r = 0; r < 2; ++r) bias[box][r] = bias_at<T>(unit.down_bias, first + box * kBoxRows + me.row(r), size);
   auto address = [&](u32 row) { return here.target[row]; };
-  for_each_four(own, N / 8, [&](u32 j, float4 a, float4 b) {
+  for_each_four<N>(sums, [&](u32 j, float4 a, float4 b) {
     const float value[2][2][2] = {{{a.x, a.y}, {a.z, a.w}}, {{b.x, b.y}, {b.z, b.w}}};
 #pragma unroll
     for (u32 box = 0; box < 2; ++box)
