@@ -104,15 +104,22 @@ def trace(lib, units, sms: int, rows: int) -> dict:
         group.push(0, i % 2, x)
         group.wait(0, y)
 
-    try:
-        took = graph_us(call)
-        group.check()
+    def read():
         raw = (ctypes.c_uint64 * (TRACED_CTAS * MARK_COUNT))()
         if lib.sidp_cas_trace(raw) != 0:
             raise RuntimeError("the trace could not be read")
+        return [raw[cta * MARK_COUNT : (cta + 1) * MARK_COUNT] for cta in range(sms)]
+
+    try:
+        graph_us(call)
+        before = read()
+        took = graph_us(call)
+        group.check()
+        marks = read()
     finally:
         group.close()
-    marks = [raw[cta * MARK_COUNT : (cta + 1) * MARK_COUNT] for cta in range(sms)]
+    ends = torch.tensor([[float(cta[3] - cta[0]) for cta in turn] for turn in (before, marks)])  # gate_up
+    alike = torch.corrcoef(ends)[0, 1].item()
     start = min(mark[0] for mark in marks)
     result = {}
     for i, mark_name in enumerate(MARKS):
@@ -121,9 +128,9 @@ def trace(lib, units, sms: int, rows: int) -> dict:
             result[mark_name] = (min(times), statistics.median(times), max(times))
     cycles = marks[0][MARK_COUNT - 1] - marks[0][MARK_COUNT - 2]
     clock = cycles / (marks[0][MARKS.index("finished")] - marks[0][0])
-    print(f"trace {sms} SMs M={rows}: call {took:.1f} us, {clock:.3f} GHz; first/median/last us: "
+    print(f"trace {sms} SMs M={rows}: call {took:.1f} us, {clock:.3f} GHz, same CTAs late in two batches {alike:.2f}; first/median/last us: "
           + ", ".join(f"{k} {a:.1f}/{b:.1f}/{c:.1f}" for k, (a, b, c) in result.items()), flush=True)  # fmt: skip
-    return dict(sms=sms, rows=rows, call_us=took, ghz=clock, marks=result)
+    return dict(sms=sms, rows=rows, call_us=took, ghz=clock, alike=alike, marks=result)
 
 
 def staged(lib, units, sms: int, rows: int) -> None:

@@ -15,17 +15,19 @@ variant_flags() {
     fast) echo -DSIDP_CAS_FAST ;;
     ldm) echo $few ;;
     shift) echo $few -DSIDP_CAS_ROLLED=64 ;;
-    shift8) echo $few -DSIDP_CAS_ROLLED=8 ;;
     half) echo $few -DSIDP_CAS_ROLLED=64 -DSIDP_CAS_HALVES=1 ;;
     over) echo $few -DSIDP_CAS_ROLLED=64 -DSIDP_CAS_HALVES=2 ;;
     wide) echo $few -DSIDP_CAS_ROLLED=64 -DSIDP_CAS_WIDE=16 -DSIDP_CAS_WIDE_PAIRS=0 ;;
     pairs) echo $few -DSIDP_CAS_ROLLED=64 -DSIDP_CAS_WIDE=16 -DSIDP_CAS_WIDE_PAIRS=1 ;;
+    ahead) echo $few -DSIDP_CAS_ROLLED=64 -DSIDP_CAS_HALVES=2 -DSIDP_CAS_AHEAD ;;
+    best) echo $few -DSIDP_CAS_ROLLED=64 -DSIDP_CAS_HALVES=2 -DSIDP_CAS_WIDE=8 -DSIDP_CAS_WIDE_PAIRS=0 -DSIDP_CAS_AHEAD ;;
     trace_fast) echo -DSIDP_CAS_FAST -DSIDP_CAS_TRACE ;;
-    trace_over) echo $few -DSIDP_CAS_ROLLED=64 -DSIDP_CAS_HALVES=2 -DSIDP_CAS_TRACE ;;
+    trace_best) echo $few -DSIDP_CAS_ROLLED=64 -DSIDP_CAS_HALVES=2 -DSIDP_CAS_WIDE=8 -DSIDP_CAS_WIDE_PAIRS=0 -DSIDP_CAS_AHEAD \
+      -DSIDP_CAS_TRACE ;;
   esac
 }
-builds="base fast ldm shift shift8 half over wide pairs"
-traced="trace_fast trace_over"
+builds="base fast ldm shift half over ahead wide pairs best"
+traced="trace_fast trace_best"
 step() {  # step SECONDS NAME COMMAND...: the tail is shown, all of it is kept
   local limit=$1 name=$2 start=$SECONDS; shift 2
   timeout -k 5 "$limit" "$@" > "$out/$name.log" 2>&1 || echo "== $name: exit status $?"
