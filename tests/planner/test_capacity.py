@@ -77,6 +77,33 @@ def test_unequal_layers_take_slots_of_the_largest():
     assert sum(plan.ffn_bytes) == 3 * 64 * (64 + 512 + 64 + 128) * 4
 
 
+def test_ranks_on_one_gpu_split_its_memory_and_read_each_other_in_place():
+    model = tiny(10)
+    d = deployment(model, "h100", dp=4, ranks_per_gpu=2, reserve_bytes=2**20)
+    plan, base = pooled(d, "layer"), replicated(d)
+    assert base.usable_bytes == int(d.gpu.memory_bytes * 0.9) // 2
+    layer = 3 * 64 * 256 * 4
+    assert plan.ffn_bytes == (3 * layer, 3 * layer, 2 * layer, 2 * layer)
+    # Ranks 0 and 2 are on one GPU, and own 5 of the 10 layers between them.
+    assert plan.fetched_bytes == (5 * layer,) * 4
+    alone = pooled(deployment(model, "h100", dp=4, ranks_per_gpu=4), "layer")
+    assert alone.active and alone.ring_bytes == alone.fetched_bytes == (0,) * 4 and alone.slots == (0,) * 4
+    assert pooled(d, "striped").fetched_bytes[0] > plan.fetched_bytes[0]  # cut layers are fetched from everybody
+    for wrong in ({"ranks_per_gpu": 3}, {"ranks_per_gpu": 2, "tp": 2}, {"engine": "none"}, {"sampled": 0}):
+        with pytest.raises(ConfigError):
+            deployment(model, "h100", **{"dp": 4, **wrong})
+
+
+def test_an_engine_that_copies_what_it_reads_holds_less():
+    ours, theirs = (replicated(deployment("Qwen3-14B", "h100", dp=2, engine=name)) for name in ("vllm", "transformers"))
+    per_token = 2 * 40 * 8 * 128 * 2
+    assert theirs.kv_bytes(0) == ours.kv_bytes(0)
+    assert theirs.kv_tokens(0) == theirs.kv_bytes(0) // (per_token + per_token // 40 + 16)
+    few, many = (deployment("Qwen3-14B", "h100", dp=2, sampled=n, batched_tokens=2048) for n in (64, 1024))
+    assert few.activation_bytes() == 2048 * 3 * (17408 + 5120) * 2
+    assert many.activation_bytes() == 1024 * 151936 * 10
+
+
 # ---- against real pools ---------------------------------------------------------------------------------------------
 
 
@@ -225,3 +252,18 @@ def test_unknown_gpus_are_named():
     with pytest.raises(ConfigError, match="expected one of h20, h20-141, h100, h200, b200, measured"):
         load_gpu("a100")
     assert all("datasheet" in gpu.source for gpu in GPUS.values())
+
+
+@pytest.mark.parametrize(("model", "dp", "tp", "reached"), [("Qwen3-32B", 8, 1, True), ("Qwen2.5-72B", 4, 2, False)])
+@pytest.mark.parametrize("gpu", ["h20-141", "b200"])
+def test_where_a_ring_of_a_cycle_gives_1_8_striping_gives_1_9_at_dp_8_only(gpu, model, dp, tp, reached):
+    def gain(utilization, kind, slots=None):
+        d = deployment(model, gpu, dp, tp, utilization=utilization)
+        return pooled(d, kind, slots).node_kv_tokens / max(1, replicated(d).node_kv_tokens)
+
+    low, high = 0.3, 0.95  # the gain falls as memory grows
+    for _ in range(30):
+        middle = (low + high) / 2
+        low, high = (middle, high) if gain(middle, "layer") > 1.8 else (low, middle)
+    assert gain(high, "layer") == pytest.approx(1.8, abs=1e-3)
+    assert (gain(high, "striped") >= 1.9) is (gain(high, "striped", 2) >= 1.9) is reached

@@ -1,0 +1,98 @@
+"""`sidp run-batch` on one GPU: attention by torch's kernel, several ranks with even parts, pooled as replicated.
+
+Needs a GPU and an extension built with CUDA; about a minute. Ranks share the GPU without MPS, in turns.
+"""
+
+import json
+import math
+import random
+import subprocess
+import sys
+
+import pytest
+
+torch = pytest.importorskip("torch")
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device", allow_module_level=True)
+
+from sidp.batch import attention  # noqa: E402
+
+DEADLINE_S = 150
+SHAPE = {
+    "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "vocab_size": 2000, "hidden_size": 512,
+    "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 2,
+    "head_dim": 64, "tie_word_embeddings": False, "max_position_embeddings": 4096, "dtype": "bfloat16",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("window", [0, 24])
+def test_the_kernel_against_float64(window):
+    generator = torch.Generator().manual_seed(random.randrange(2**31))
+    query_lengths, past = [1, 1, 40, 7, 1], [0, 63, 0, 31, 200]
+    key_lengths = [q + p for q, p in zip(query_lengths, past, strict=True)]
+    query, key, value = (
+        torch.randn((sum(lengths), heads, 128), generator=generator).cuda().bfloat16()
+        for lengths, heads in ((query_lengths, 16), (key_lengths, 4), (key_lengths, 4))
+    )
+    ends = [torch.tensor([0, *lengths]).cumsum(0).int().cuda() for lengths in (query_lengths, key_lengths)]
+    scale = 128**-0.5
+    got = attention._flash(query, key, value, *ends, max(query_lengths), max(key_lengths), scale, window)
+    q_at = k_at = 0
+    for q_len, k_len in zip(query_lengths, key_lengths, strict=True):
+        q = query[q_at : q_at + q_len].double()
+        k, v = (t[k_at : k_at + k_len].double().repeat_interleave(4, 1) for t in (key, value))
+        behind = (torch.arange(k_len) - (torch.arange(q_len) + k_len - q_len).unsqueeze(1)).cuda()
+        hidden = (behind > 0) | (behind <= -window if window else behind > math.inf)
+        scores = (torch.einsum("qhd,khd->hqk", q, k) * scale).masked_fill(hidden, -math.inf)
+        expected = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v)
+        assert (got[q_at : q_at + q_len].double() - expected).norm() <= 0.01 * expected.norm()
+        q_at, k_at = q_at + q_len, k_at + k_len
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("work")
+    (folder / "config.json").write_text(json.dumps(SHAPE))
+    rng = random.Random(8)
+    with open(folder / "in.jsonl", "w") as file:
+        for number in range(24):
+            prompt = [rng.randrange(2000) for _ in range(20 + 13 * (number % 7))]
+            row = {"id": f"r{number}", "prompt": prompt, "max_tokens": 8 + number % 5, "ignore_eos": True}
+            file.write(json.dumps(row) + "\n")
+    return folder
+
+
+def run(work, *words):
+    output, summary = work / "out.jsonl", work / "summary.json"
+    command = [sys.executable, "-m", "sidp.cli", "run-batch", "-i", work / "in.jsonl", "-o", output, "--overwrite"]
+    command += ["--model", work, "--load-format", "dummy", "--summary", summary, "--quiet", *words]
+    ran = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=DEADLINE_S)
+    assert ran.returncode == 0, ran.stderr[-4000:]
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    assert len(lines) == 24 and all(line["error"] is None for line in lines)
+    texts = {line["custom_id"]: line["response"]["body"]["choices"][0]["text"] for line in lines}
+    return texts, json.loads(summary.read_text())
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["--placement", "striped"], ["--host-tier"]], ids=["in place", "striped", "host"]
+)
+def test_pooled_gives_the_tokens_of_replicated(work, words):
+    fixed = ["--dp", "2", "--batching", "grouped", "--group-size", "6", "--gpu-memory-utilization", "0.3"]
+    expected, replicated = run(work, *fixed, "--no-pool")
+    got, pooled = run(work, *fixed, "--mode", "was", *words)
+    assert got == expected
+    assert pooled["pool_active"] and all(rank["freed_bytes"] > 0 for rank in pooled["per_rank"])
+    parts = [rank["kv_capacity"] for rank in replicated["per_rank"]]
+    assert max(parts) <= 1.001 * min(parts)  # even, whoever came first
+    if not words:
+        assert pooled["kv_capacity_tokens"] > replicated["kv_capacity_tokens"]
+
+
+@pytest.mark.parametrize("mode", ["was", "auto"])
+def test_continuous_batching_answers_all(work, mode):
+    texts, summary = run(
+        work, "--dp", "2", "--mode", mode, "--gpu-memory-utilization", "0.3", "--max-batched-tokens", "256"
+    )
+    assert all(len(text.split()) == 8 + int(name[1:]) % 5 for name, text in texts.items())
+    assert summary["output_tokens"] == sum(8 + n % 5 for n in range(24)) and summary["preemptions"] == 0
