@@ -303,12 +303,44 @@ __device__ inline void receive_batch(const ServerArguments& args, u32 id, Shared
   __syncwarp();
 }
 
-// The last CTA to leave hands the batch numbers on to the next launch.
+// T1, T2: by one thread of a CTA, the same answer in all CTAs of a launch.
+__device__ inline bool takes_turn(const ServerArguments& args) {
+  Turns& turns = args.state->turns;
+  u64* decision = &turns.decision[args.launch % kDecisions];
+  const u64 before = load_acquire_gpu(decision);
+  u64 decided = before;
+  if (before / 2 != args.launch) {
+    const u64 wish = 2 * args.launch + (load_acquire_gpu(&turns.ended) + 1 == args.turn);
+    decided = compare_swap_gpu(decision, before, wish);
+    if (decided == before) decided = wish;
+  }
+  if (decided % 2 == 0) return false;
+  const u64 mine = (args.turn << 24) + (args.launch & 0xffffff);
+  while (true) {
+    const u64 claim = load_acquire_gpu(&turns.claim);
+    if (claim >> 24 >= args.turn) return claim == mine;
+    if (compare_swap_gpu(&turns.claim, claim, mine) == claim) return true;
+  }
+}
+
+// By all threads of a CTA before anything else.
+__device__ inline bool begin_turn(const ServerArguments& args) {
+  __shared__ bool ours;
+  if (threadIdx.x == 0) {
+    ours = takes_turn(args);
+    if (ours && blockIdx.x == 0) *const_cast<volatile u64*>(&args.host->serving) = args.turn;
+  }
+  __syncthreads();
+  return ours;
+}
+
+// The last CTA to leave hands the batch numbers on to the next launch (T3).
 __device__ inline void leave(const ServerArguments& args, u32 last_id) {
   if (add_acq_rel_gpu(&args.state->exited, 1) == gridDim.x - 1) {
     args.state->exited = 0;
     args.state->base = last_id;
-    __threadfence();
+    store_release_gpu(&args.state->turns.ended, args.turn);
+    *const_cast<volatile u64*>(&args.host->ended) = args.turn;
   }
 }
 

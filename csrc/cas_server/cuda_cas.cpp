@@ -105,8 +105,8 @@ void CudaCas::run(std::uint32_t layer, const Target& target, const void* x, void
 
 void CudaCas::check() const {
   if (options_.watch != nullptr) options_.watch->check("serving CaS requests");
+  server_->throw_if_failed();  // the nearer cause first
   requester_->throw_if_failed();
-  server_->throw_if_failed();
 }
 
 void CudaCas::stop() {

@@ -1,6 +1,7 @@
 #include "cuda_server.hpp"
 
 #include <algorithm>
+#include <chrono>
 
 #include "tensor_maps.hpp"
 
@@ -8,6 +9,11 @@ namespace sidp {
 namespace cas {
 
 namespace {
+
+using Clock = std::chrono::steady_clock;
+
+constexpr std::uint64_t kQueuedTurns = 2;
+constexpr std::chrono::microseconds kLook(300);  // at the device's words, by the launching thread
 
 std::uint64_t nanoseconds(double milliseconds) { return static_cast<std::uint64_t>(milliseconds * 1e6); }
 
@@ -104,16 +110,14 @@ CudaServer::CudaServer(const CudaServerConfig& config, const Geometry& geometry,
   SIDP_CUDA_CHECK(preload_serve_kernels(path_, config.dtype));
   int least = 0, greatest = 0;
   SIDP_CUDA_CHECK(cudaDeviceGetStreamPriorityRange(&least, &greatest));
-  SIDP_CUDA_CHECK(cudaStreamCreateWithPriority(&stream_, cudaStreamNonBlocking, greatest));
-  for (cudaEvent_t& event : ended_)
-    SIDP_CUDA_CHECK(cudaEventCreateWithFlags(&event, cudaEventDisableTiming | cudaEventBlockingSync));
+  for (cudaStream_t& stream : streams_)
+    SIDP_CUDA_CHECK(cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking, greatest));
 }
 
 CudaServer::~CudaServer() {
   stop();
-  for (cudaEvent_t event : ended_)
-    if (event != nullptr) cudaEventDestroy(event);
-  if (stream_ != nullptr) cudaStreamDestroy(stream_);
+  for (cudaStream_t stream : streams_)
+    if (stream != nullptr) cudaStreamDestroy(stream);
 }
 
 void CudaServer::make_maps(UnitRecord& unit) const {
@@ -187,27 +191,75 @@ void CudaServer::stop() {
   thread_.join();
 }
 
-// Two pairs of (watch, serve) are kept queued, so that no request waits for this thread to wake up.
+namespace {
+
+// What the device has told of the turn that is on: whether it moves on, and since when not.
+class Progress {
+ public:
+  Progress(const ServerHostWords* host, double watch_ms, double late_ms) : host_(host), watch_(watch_ms), late_(late_ms) {}
+
+  std::uint64_t ended() const { return __atomic_load_n(&host_->ended, __ATOMIC_ACQUIRE); }
+
+  // Whether the turn after the last one that ended should have begun by now.
+  bool late(Clock::time_point now) {
+    const std::uint64_t turn = ended() + 1;
+    const bool watching = __atomic_load_n(&host_->watching, __ATOMIC_RELAXED) >= turn;
+    const bool serving = __atomic_load_n(&host_->serving, __ATOMIC_RELAXED) >= turn;
+    const std::uint64_t state = turn * 4 + (serving ? 2 : watching ? 1 : 0);
+    if (state != state_) {
+      state_ = state;
+      since_ = now;
+      patience_ = 1;
+    }
+    if (serving || now - since_ < patience_ * (watching ? watch_ + late_ : late_)) return false;
+    since_ = now;
+    patience_ = std::min(2 * patience_, 64);  // the device may just be busy
+    return true;
+  }
+
+ private:
+  using Milliseconds = std::chrono::duration<double, std::milli>;
+  const ServerHostWords* host_;
+  Milliseconds watch_, late_;
+  std::uint64_t state_ = 0;
+  Clock::time_point since_ = Clock::now();
+  int patience_ = 1;
+};
+
+}  // namespace
+
+// Two turns, each a watch and a serving kernel, are kept queued, so that no request waits for this thread to wake up.
 void CudaServer::serve_until_stopped() {
   try {
     SIDP_CUDA_CHECK(cudaSetDevice(config_.device));
     cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;  // others may be capturing while we launch
     SIDP_CUDA_CHECK(cudaThreadExchangeStreamCaptureMode(&mode));
-    const ServeLaunch launch{path_, config_.dtype, config_.sms, stream_};
-    bool queued[2] = {false, false};
-    for (unsigned turn = 0; !stopping_; turn ^= 1) {
+    Progress progress(host_memory_.as<ServerHostWords>(), config_.watch_ms, config_.late_ms);
+    std::uint64_t queued = progress.ended();
+    while (!stopping_) {
       if (config_.each_turn) config_.each_turn();
-      if (queued[turn]) SIDP_CUDA_CHECK(cudaEventSynchronize(ended_[turn]));
-      SIDP_CUDA_CHECK(launch_watch(arguments_, nanoseconds(config_.watch_ms), stream_));
-      SIDP_CUDA_CHECK(launch_serve(launch, arguments_));
-      SIDP_CUDA_CHECK(cudaEventRecord(ended_[turn], stream_));
-      queued[turn] = true;
+      const std::uint64_t ended = progress.ended();
+      while (queued < ended + kQueuedTurns) launch_turn(++queued);
+      if (progress.late(Clock::now())) {
+        stream_ = (stream_ + 1) % streams_.size();
+        for (std::uint64_t turn = ended + 1; turn <= queued; ++turn) launch_turn(turn);
+        SIDP_CUDA_CHECK(cudaGetLastError());
+      }
+      std::this_thread::sleep_for(kLook);
     }
-    SIDP_CUDA_CHECK(cudaStreamSynchronize(stream_));
+    for (cudaStream_t stream : streams_) SIDP_CUDA_CHECK(cudaStreamSynchronize(stream));
   } catch (const std::exception& error) {
     failure_ = error.what();
     failed_.store(true, std::memory_order_release);
   }
+}
+
+void CudaServer::launch_turn(std::uint64_t turn) {
+  ServerArguments arguments = arguments_;
+  arguments.turn = turn;
+  arguments.launch = ++launches_;
+  SIDP_CUDA_CHECK(launch_watch(arguments, nanoseconds(config_.watch_ms), streams_[stream_]));
+  SIDP_CUDA_CHECK(launch_serve(ServeLaunch{path_, config_.dtype, config_.sms, streams_[stream_]}, arguments));
 }
 
 void CudaServer::retire(std::uint32_t requester) {

@@ -1,7 +1,8 @@
-// The owner's side of CaS on a GPU: owns the stream, the workspace, the units' records and the thread that launches the
+// The owner's side of CaS on a GPU: owns the streams, the workspace, the units' records and the thread that launches the
 // serving kernel again and again. Knows no torch; weights are pointers into the owner's arena.
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <cstdint>
 #include <functional>
@@ -28,6 +29,7 @@ struct CudaServerConfig {
   double idle_ms = 1.0;    // the serving kernel ends when nothing came for so long
   double run_ms = 20.0;    // ... and after so long in any case
   double watch_ms = 5.0;   // life of the one-warp kernel that waits in between
+  double late_ms = 2.0;    // a launch that has not begun so long after its turn came is repeated on another stream
   double stall_s = 20.0;   // a wait inside the kernel that takes longer is a fault
   bool plain = false;      // the path for sm_80 even where sm_90a would run
   std::function<void()> each_turn;  // called by the launching thread, every few milliseconds
@@ -75,6 +77,7 @@ class CudaServer {
  private:
   void make_maps(UnitRecord& unit) const;
   void serve_until_stopped();
+  void launch_turn(std::uint64_t turn);
 
   CudaServerConfig config_;
   Geometry geometry_;
@@ -84,8 +87,9 @@ class CudaServer {
   DeviceMemory unit_memory_, state_, gathered_, inner_, partials_, flags_;
   MappedHostMemory host_memory_;
   ServerArguments arguments_ = {};
-  cudaStream_t stream_ = nullptr;
-  cudaEvent_t ended_[2] = {};
+  std::array<cudaStream_t, 8> streams_ = {};
+  std::size_t stream_ = 0;      // the one that launches go to now
+  std::uint64_t launches_ = 0;  // numbers of launches given away
   std::thread thread_;
   std::atomic<bool> stopping_{false};
   std::atomic<bool> failed_{false};

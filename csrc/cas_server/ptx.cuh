@@ -36,6 +36,20 @@ __device__ inline u32 load_acquire_gpu(const u32* word) {
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(word) : "memory");
   return value;
 }
+__device__ inline u64 load_acquire_gpu(const u64* word) {
+  u64 value;
+  asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(word) : "memory");
+  return value;
+}
+// Returns what was there before.
+__device__ inline u64 compare_swap_gpu(u64* word, u64 expected, u64 desired) {
+  u64 before;
+  asm volatile("atom.acq_rel.gpu.global.cas.b64 %0, [%1], %2, %3;"
+               : "=l"(before)
+               : "l"(word), "l"(expected), "l"(desired)
+               : "memory");
+  return before;
+}
 __device__ inline void store_release_gpu(u32* word, u32 value) {
   asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(word), "r"(value) : "memory");
 }

@@ -10,8 +10,10 @@ namespace cas {
 // server holds one warp of one SM.
 __global__ void __launch_bounds__(32) watch(const __grid_constant__ ServerArguments args, u64 bound_ns) {
   const u32 lane = threadIdx.x;
+  if (load_acquire_gpu(&args.state->turns.ended) >= args.turn) return;  // launched again elsewhere, and over
   const Control control = begin_control(args);
-  const volatile ServerHostWords* host = args.host;
+  volatile ServerHostWords* host = args.host;
+  if (lane == 0) host->watching = args.turn;
   bool reads = control.reads;
   for (u32 polls = 0;; ++polls) {
     bool leave_now = false;

@@ -107,6 +107,7 @@ __device__ inline void plain_batch(const ServerArguments& args, const SharedBatc
 
 template <typename T>
 __global__ void __launch_bounds__(kPlainThreads) serve_plain(const __grid_constant__ ServerArguments args) {
+  if (!begin_turn(args)) return;
   __shared__ SharedBatch here;
   const u32 first = load_acquire_gpu(&args.state->base) + 1;
   const bool herald = threadIdx.x < 32;

@@ -91,10 +91,24 @@ struct ServerCounters {
   std::uint64_t launches;
 };
 
+// Launches of the serving kernel take turns, one at a time. Where a launch does not come to run, because the stream it went to
+// shares a hardware queue with a stream that waits for this very server, the host launches the same turn again on another
+// stream (cuda_server.cpp). So a turn may be launched several times, and the device decides which launch takes it:
+//   T1 the first CTA of a launch decides for all of its CTAs whether the turn has come (the one before it has ended)
+//   T2 of the launches whose turn has come one claims it, by compare-and-swap; the CTAs of the others leave at once
+//   T3 the last CTA of the turn's launch releases `ended`
+constexpr std::uint32_t kDecisions = 64;  // launches under way at most; the host keeps far fewer
+struct Turns {
+  std::uint64_t ended;                 // the last turn that is over
+  std::uint64_t claim;                 // (turn << 24) + launch mod 2^24
+  std::uint64_t decision[kDecisions];  // by launch: 2 x launch + whether its turn had come
+};
+
 // Device memory; outlives every launch. Words that many CTAs add to lie on lines of their own.
 struct ServerState {
   alignas(128) std::uint32_t board_sequence;  // the last batch published
   alignas(128) std::uint32_t completed;       // the last batch whose replies are released
+  alignas(128) Turns turns;
   alignas(128) std::uint32_t exited;          // CTAs that have left this launch
   std::uint32_t base;                         // the last batch of the launches before this one
   struct alignas(128) Progress {
@@ -114,6 +128,9 @@ struct ServerState {
 struct ServerHostWords {
   alignas(128) std::uint32_t stop;  // leave as soon as no batch is in flight
   std::uint32_t retired;            // bit per requester: do not serve it any more
+  alignas(128) std::uint64_t watching;  // the last turn whose watch has begun
+  std::uint64_t serving;                // ... whose launch has begun
+  std::uint64_t ended;                  // ... that is over
   alignas(128) std::uint32_t fault;  // ServerFault; the kernel traps after writing it
   std::uint32_t fault_detail;
   alignas(128) ServerCounters counters;
@@ -150,6 +167,8 @@ struct ServerArguments {
   std::uint64_t inner_stride;
   float* partials;              // [2 parities][2 phases][ctas][256 x kMaxBatchRows], then [ctas] of them: a CTA's own
   std::uint32_t* partial_flags;  // [2][2][ctas][2 warpgroups]: number of the batch whose partial sum lies there
+  std::uint64_t turn;    // of this launch
+  std::uint64_t launch;  // its own number
   std::uint64_t idle_ns;
   std::uint64_t run_ns;
   std::uint64_t stall_ns;

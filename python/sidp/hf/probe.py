@@ -65,7 +65,7 @@ def probe_formula(module: nn.Module, projections: tuple[Projection, ...]) -> tup
 
 
 def _shrink(module: nn.Module, projections: tuple[Projection, ...]) -> nn.Module:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     small = {p.name: _small_projection(p, generator) for p in projections}
     double = _shallow(module)
     for name, child in module._modules.items():
@@ -95,7 +95,7 @@ def _small_projection(p: Projection, generator: torch.Generator) -> nn.Module:
     for leaf, param in p.module._parameters.items():
         if param is not None:
             size = shape if leaf == "weight" else (out_features,)
-            value = torch.randn(size, generator=generator, dtype=torch.float64) / in_features**0.5
+            value = torch.randn(size, generator=generator, dtype=torch.float64, device="cpu") / in_features**0.5
             double._parameters[leaf] = nn.Parameter(value, requires_grad=False)
     names = ("nx", "nf") if p.transposed else ("in_features", "out_features")
     double.__dict__.update(zip(names, (in_features, out_features), strict=True))
@@ -107,10 +107,10 @@ def _error(
     double: nn.Module, projections: tuple[Projection, ...], act: Callable[[torch.Tensor], torch.Tensor]
 ) -> float:
     """The largest difference from the formula over all input sizes, relative to the formula's largest value."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator("cpu").manual_seed(1)
     worst = 0.0
     for scale in _SCALES:
-        x = scale * torch.randn(2, 5, _HIDDEN, generator=generator, dtype=torch.float64)
+        x = scale * torch.randn(2, 5, _HIDDEN, generator=generator, dtype=torch.float64, device="cpu")
         expected = _apply_formula(x, double, projections, act)
         actual = double(x)
         if not isinstance(actual, torch.Tensor) or actual.shape != expected.shape:
