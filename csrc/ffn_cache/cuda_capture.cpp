@@ -137,16 +137,24 @@ void CudaCapture::add_fetch(const Fetch& fetch) {
     last_ = add_copy(copy, fetch.slot, after);
     after.assign(1, last_);
   }
-  PostArguments post{};
-  post.content = ring_.content_word(fetch.slot);
-  post.index = fetch.index;
-  post.host = ring_.host_.as<HostWords>();
-  post.activity = ring_.options_.device_activity;
-  post.bytes = ring_.remote_bytes_[fetch.index];
-  last_ = add_post_node(graph_, &last_, 1, post);
-  ready_[fetch.slot] = last_;
+  cudaGraphNode_t arrived = nullptr;
+  SIDP_CUDA_CHECK(cudaGraphAddMemcpyNode1D(&arrived, graph_, &last_, 1, ring_.content_word(fetch.slot),
+                                           ring_.index_word(fetch.index), sizeof(std::int32_t), cudaMemcpyHostToDevice));
+  last_ = arrived;
+  ready_[fetch.slot] = arrived;
+  count(fetch.index, arrived);
   readers_[fetch.slot].clear();
   content_[fetch.slot] = fetch.index;
+}
+
+// Beside the chain of fetches, so that no copy waits until a GEMM leaves an SM to this kernel.
+void CudaCapture::count(int index, cudaGraphNode_t arrived) {
+  PostArguments post{};
+  post.host = ring_.host_.as<HostWords>();
+  post.activity = ring_.options_.device_activity;
+  post.bytes = ring_.remote_bytes_[index];
+  const cudaGraphNode_t after[] = {arrived, counted_};
+  counted_ = add_post_node(graph_, after, counted_ == nullptr ? 1 : 2, post);
 }
 
 cudaGraphNode_t CudaCapture::add_copy(const DeviceCopy& copy, int slot, const std::vector<cudaGraphNode_t>& after) {

@@ -35,6 +35,7 @@ class CudaCapture {
   std::vector<Fetch> assumed_fetches(int first_index) const;
   void issue(std::uint64_t forwards);
   void add_fetch(const Fetch& fetch);
+  void count(int index, cudaGraphNode_t arrived);
   cudaGraphNode_t add_copy(const DeviceCopy& copy, int slot, const std::vector<cudaGraphNode_t>& after);
 
   CudaRing& ring_;
@@ -42,6 +43,7 @@ class CudaCapture {
   IssuePlan plan_;
   cudaGraph_t graph_ = nullptr;
   cudaGraphNode_t last_ = nullptr;                         // end of the chain of fetches
+  cudaGraphNode_t counted_ = nullptr;                      // end of the chain of counting kernels
   std::vector<cudaGraphNode_t> ready_;                     // by slot: the node that a use depends on
   std::vector<std::vector<cudaGraphNode_t>> readers_;      // by slot: the nodes that the next fetch depends on
   std::vector<int> content_;                               // by slot, as the graph goes

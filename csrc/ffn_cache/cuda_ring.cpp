@@ -57,6 +57,8 @@ CudaRing::CudaRing(const Placement& placement, int rank, const std::vector<const
   content_words_ = DeviceMemory(slots * sizeof(std::int32_t));
   SIDP_CUDA_CHECK(cudaMemset(content_word(0), 0xff, slots * sizeof(std::int32_t)));
   host_ = MappedHostMemory(sizeof(HostWords));
+  index_words_ = MappedHostMemory(static_cast<std::size_t>(schedule_.num_remote()) * sizeof(std::int32_t));
+  for (int index = 0; index < schedule_.num_remote(); ++index) index_words_.as<std::int32_t>()[index] = index;
   preload_ring_kernels();
   SIDP_CUDA_CHECK(cudaDeviceSynchronize());
   issue(nullptr);
@@ -213,14 +215,16 @@ void CudaRing::await_used(int slot) {
   launch_wait({used_word(slot), used_generation_[slot], host_.as<HostWords>(), timeout_ns, false}, copy_stream_.get());
 }
 
+// By events, no kernel stands between two fetches: beside a large GEMM it would wait for an SM, and the link with it.
 void CudaRing::publish_ready(int slot, int index, bool filled) {
-  const bool words = options_.hand_over == HandOver::words;
   std::int32_t* content = filled && graphs_exist_ ? content_word(slot) : nullptr;
-  if (words)
+  if (options_.hand_over == HandOver::words) {
     launch_post({ready_word(slot), ++ready_generation_[slot], content, index, nullptr, 0, nullptr}, copy_stream_.get());
-  else if (content != nullptr)
-    launch_post({nullptr, 0, content, index, nullptr, 0, nullptr}, copy_stream_.get());
-  if (!words) ready_[slot].record(copy_stream_.get());
+    return;
+  }
+  if (content != nullptr)
+    SIDP_CUDA_CHECK(cudaMemcpyAsync(content, index_word(index), sizeof(*content), cudaMemcpyHostToDevice, copy_stream_.get()));
+  ready_[slot].record(copy_stream_.get());
 }
 
 // RAW: the use comes after the slot's fetch. Once graphs exist a replay may have put another unit there since.

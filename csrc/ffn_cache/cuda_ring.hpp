@@ -85,6 +85,7 @@ class CudaRing {
   void enqueue_copy(int index, int slot);
   void await_used(int slot);
   void publish_ready(int slot, int index, bool filled);
+  const std::int32_t* index_word(int index) const { return index_words_.as<std::int32_t>() + index; }
   void await_ready(int layer, int slot, int index, cudaStream_t stream);
   void mark_use(int layer, int slot, cudaStream_t stream);
   void mark_end(int layer, cudaStream_t stream);
@@ -112,6 +113,7 @@ class CudaRing {
   DeviceMemory copy_table_;
   DeviceMemory unit_table_;
   MappedHostMemory host_;
+  MappedHostMemory index_words_;  // the number i at place i: what a copy engine writes into `content`
   Stream copy_stream_;
   std::vector<Event> ready_;
   std::vector<Event> used_;

@@ -49,7 +49,7 @@ __global__ void wait_kernel(WaitArguments a) { await(a.word, a.value, a.host, a.
 
 __global__ void post_kernel(PostArguments a) {
   if (a.content != nullptr) *a.content = a.index;
-  if (a.host != nullptr) {  // one chain of fetches posts here, so plain additions do
+  if (a.host != nullptr) {  // these kernels of a graph form one chain, so plain additions do
     volatile HostWords* host = a.host;
     host->graph_fetches = host->graph_fetches + 1;
     host->graph_bytes = host->graph_bytes + a.bytes;
