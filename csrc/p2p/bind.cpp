@@ -7,6 +7,7 @@
 #include "atomics.hpp"
 #include "error.hpp"
 #include "p2p/bind_common.hpp"
+#include "p2p/descriptor_exchange.hpp"
 #include "p2p/memory_limit.hpp"
 #include "p2p/peer_watch.hpp"
 #include "p2p/shm_arena.hpp"
@@ -52,6 +53,29 @@ void bind_process(py::module_& m) {
   m.def("available_memory", &available_memory, "Bytes of memory a new arena may take.");
   m.def("sweep_names", &sweep_names, py::arg("directory") = kShmDirectory,
         "Removes the names that ended processes of this user left in shared memory; returns how many.");
+}
+
+void bind_descriptors(py::module_& m) {
+  py::class_<Descriptor, std::shared_ptr<Descriptor>>(m, "Descriptor")
+      .def_property_readonly("fd", &Descriptor::get)
+      .def("close", &Descriptor::reset);
+  py::class_<DescriptorExchange>(m, "DescriptorExchange")
+      .def(py::init([](int rank, int world_size, const std::string& token) {
+             return std::make_unique<DescriptorExchange>(rank, world_size, token_from(token));
+           }),
+           py::arg("rank"), py::arg("world_size"), py::arg("token"))
+      .def_property_readonly("address", [](const DescriptorExchange& exchange) { return py::bytes(exchange.address()); })
+      .def("run", [](DescriptorExchange& exchange, int fd, const std::vector<std::string>& addresses, double timeout_s) {
+             std::vector<Descriptor> received;
+             {
+               const py::gil_scoped_release release;
+               received = exchange.run(fd, addresses, timeout_s);
+             }
+             std::vector<std::shared_ptr<Descriptor>> shared;
+             for (Descriptor& descriptor : received) shared.push_back(std::make_shared<Descriptor>(std::move(descriptor)));
+             return shared;
+           },
+           py::arg("fd"), py::arg("addresses"), py::arg("timeout_s"));
 }
 
 void bind_arenas(py::module_& m) {
@@ -121,6 +145,7 @@ void bind_watch(py::module_& m) {
 
 void bind_p2p(py::module_& m) {
   bind_process(m);
+  bind_descriptors(m);
   bind_arenas(m);
   bind_watch(m);
 }

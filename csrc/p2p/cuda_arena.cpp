@@ -25,10 +25,12 @@ std::uint64_t draw_seed() {
 
 }  // namespace
 
-CudaArena::CudaArena(int rank, int world_size, JobToken token, std::uint64_t extent_bytes, int device) : device_(device) {
+CudaArena::CudaArena(int rank, int world_size, JobToken token, std::uint64_t extent_bytes, int device, DeviceMemoryKind kind)
+    : device_(device) {
   const DeviceGuard guard(device);
   cudaDeviceProp properties;
   SIDP_CUDA_CHECK(cudaGetDeviceProperties(&properties, device));
+  handle_.kind = kind;
   handle_.rank = rank;
   handle_.world_size = world_size;
   handle_.token = token;
@@ -38,17 +40,7 @@ CudaArena::CudaArena(int rank, int world_size, JobToken token, std::uint64_t ext
   handle_.probe_seed = draw_seed();
   handle_.owner = ProcessIdentity::current();
   handle_.device = uuid_of(properties);
-  void* memory = nullptr;
-  const cudaError_t error = cudaMalloc(&memory, handle_.total_bytes);
-  if (error == cudaErrorMemoryAllocation) {
-    cudaGetLastError();
-    std::size_t free_bytes = 0, total = 0;
-    SIDP_CUDA_CHECK(cudaMemGetInfo(&free_bytes, &total));
-    throw ConfigError(detail::concat("this rank's share needs ", handle_.total_bytes, " bytes of device ", device, ", which has ",
-                                     free_bytes, " free: use a larger group, host_tier=True, or free memory first"));
-  }
-  SIDP_CUDA_CHECK(error);
-  memory_ = static_cast<std::uint8_t*>(memory);
+  allocate();
   std::vector<std::uint64_t> pattern(kProbeWords);
   for (std::uint64_t i = 0; i < kProbeWords; ++i) pattern[i] = probe_word(handle_.probe_seed, i);
   SIDP_CUDA_CHECK(cudaMemset(memory_, 0, handle_.probe_offset));
@@ -56,9 +48,35 @@ CudaArena::CudaArena(int rank, int world_size, JobToken token, std::uint64_t ext
   SIDP_CUDA_CHECK(cudaDeviceSynchronize());
 }
 
+void CudaArena::allocate() {
+  handle_.mapped_bytes = handle_.total_bytes;
+  if (handle_.kind == DeviceMemoryKind::vmm) {
+    vmm_ = VmmMemory::create(handle_.total_bytes, device_);
+    handle_.mapped_bytes = vmm_.mapped_bytes();
+    memory_ = vmm_.address();
+    return;
+  }
+  void* memory = nullptr;
+  const cudaError_t error = cudaMalloc(&memory, handle_.total_bytes);
+  if (error == cudaErrorMemoryAllocation) {
+    cudaGetLastError();
+    std::size_t free_bytes = 0, total = 0;
+    SIDP_CUDA_CHECK(cudaMemGetInfo(&free_bytes, &total));
+    throw ConfigError(detail::concat("this rank's share needs ", handle_.total_bytes, " bytes of device ", device_, ", which has ",
+                                     free_bytes, " free: use a larger group, host_tier=True, or free memory first"));
+  }
+  SIDP_CUDA_CHECK(error);
+  memory_ = static_cast<std::uint8_t*>(memory);
+}
+
+Descriptor CudaArena::share() const {
+  SIDP_REQUIRE(memory_ != nullptr, PoolClosedError, "the device arena of rank ", handle_.rank, " (this rank) is closed");
+  return vmm_.share();
+}
+
 std::string CudaArena::handle() {
   SIDP_REQUIRE(memory_ != nullptr, PoolClosedError, "the device arena of rank ", handle_.rank, " (this rank) is closed");
-  if (!exported_) {
+  if (!exported_ && handle_.kind == DeviceMemoryKind::ipc) {
     const DeviceGuard guard(device_);
     cudaIpcMemHandle_t ipc;
     SIDP_CUDA_CHECK(cudaIpcGetMemHandle(&ipc, memory_));
@@ -70,27 +88,40 @@ std::string CudaArena::handle() {
 
 void CudaArena::close() {
   if (memory_ == nullptr) return;
-  cudaFree(memory_);  // a lost context cannot be told from a destructor; its memory is gone anyway
+  // A lost context cannot be told from a destructor; its memory is gone anyway.
+  if (handle_.kind == DeviceMemoryKind::ipc)
+    cudaFree(memory_);
+  else
+    vmm_.close();
   memory_ = nullptr;
 }
 
-CudaPeerMapping::CudaPeerMapping(const std::string& handle, const ArenaExpectation& expected, int device)
-    : handle_(decode_cuda_handle(handle, expected)), device_(device) {
+CudaPeerMapping::CudaPeerMapping(const std::string& handle, const ArenaExpectation& expected, int device, const Descriptor* fd)
+    : handle_(decode_cuda_handle(handle, expected, fd == nullptr ? DeviceMemoryKind::ipc : DeviceMemoryKind::vmm)), device_(device) {
   const DeviceGuard guard(device);
-  cudaIpcMemHandle_t ipc;
-  std::memcpy(&ipc, handle_.ipc.data(), sizeof(ipc));
-  void* memory = nullptr;
-  const cudaError_t error = cudaIpcOpenMemHandle(&memory, ipc, cudaIpcMemLazyEnablePeerAccess);
-  cudaGetLastError();
-  SIDP_REQUIRE(error == cudaSuccess, Error, "the memory of rank ", handle_.rank, " (", uuid_text(handle_.device),
-               ") cannot be opened on device ", device, ": ", cudaGetErrorString(error));
-  memory_ = static_cast<std::uint8_t*>(memory);
+  if (fd == nullptr) {
+    open_ipc();
+  } else {
+    vmm_ = VmmMemory::open(*fd, handle_.mapped_bytes, device);
+    memory_ = vmm_.address();
+  }
   try {
     probe();
   } catch (...) {
     close();
     throw;
   }
+}
+
+void CudaPeerMapping::open_ipc() {
+  cudaIpcMemHandle_t ipc;
+  std::memcpy(&ipc, handle_.ipc.data(), sizeof(ipc));
+  void* memory = nullptr;
+  const cudaError_t error = cudaIpcOpenMemHandle(&memory, ipc, cudaIpcMemLazyEnablePeerAccess);
+  cudaGetLastError();
+  SIDP_REQUIRE(error == cudaSuccess, Error, "the memory of rank ", handle_.rank, " (", uuid_text(handle_.device),
+               ") cannot be opened on device ", device_, ": ", cudaGetErrorString(error));
+  memory_ = static_cast<std::uint8_t*>(memory);
 }
 
 void CudaPeerMapping::probe() const {
@@ -111,7 +142,10 @@ void CudaPeerMapping::probe() const {
 
 void CudaPeerMapping::close() {
   if (memory_ == nullptr) return;
-  cudaIpcCloseMemHandle(memory_);
+  if (handle_.kind == DeviceMemoryKind::ipc)
+    cudaIpcCloseMemHandle(memory_);
+  else
+    vmm_.close();
   memory_ = nullptr;
 }
 
@@ -140,8 +174,11 @@ CudaDeviceFacts cuda_device_facts(int device) {
   facts.pci = pci;
   for (int other = 0; other < cuda_device_count(); ++other) {
     int reachable = 0;
-    if (other != device && cudaDeviceCanAccessPeer(&reachable, device, other) == cudaSuccess && reachable != 0)
-      facts.peers.push_back(other);
+    if (other == device || cudaDeviceCanAccessPeer(&reachable, device, other) != cudaSuccess || reachable == 0) continue;
+    int rank = 0;
+    SIDP_CUDA_CHECK(cudaDeviceGetP2PAttribute(&rank, cudaDevP2PAttrPerformanceRank, device, other));
+    facts.peers.push_back(other);
+    facts.peer_ranks.push_back(rank);
   }
   return facts;
 }

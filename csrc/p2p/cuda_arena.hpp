@@ -1,4 +1,4 @@
-// A rank's arena in device memory, and its view from a peer, by cudaIpc.
+// A rank's arena in device memory, and its view from a peer: by cudaIpc, or by the virtual memory API (vmm_memory.hpp).
 //
 // One allocation of whole 2 MiB pages, exported once, opened once by each peer on the peer's own device; sub-ranges are
 // offsets. Teardown: readers stop, importers close, all meet, owners free. Words that the host reads (phase, heartbeat)
@@ -12,37 +12,45 @@
 #include "cuda_check.hpp"
 #include "p2p/cuda_handle.hpp"
 #include "p2p/shm_arena.hpp"
+#include "p2p/vmm_memory.hpp"
 
 namespace sidp {
 
 class CudaArena {
  public:
   // Zeroed memory on `device`. ConfigError with needed and free bytes where there is not enough.
-  CudaArena(int rank, int world_size, JobToken token, std::uint64_t extent_bytes, int device);
+  // Error where the driver does not offer `kind`.
+  CudaArena(int rank, int world_size, JobToken token, std::uint64_t extent_bytes, int device, DeviceMemoryKind kind);
   ~CudaArena() { close(); }
   CudaArena(const CudaArena&) = delete;
   CudaArena& operator=(const CudaArena&) = delete;
 
   std::uint8_t* extents() const { return memory_; }
-  std::uint64_t total_bytes() const { return handle_.total_bytes; }
+  std::uint64_t total_bytes() const { return handle_.mapped_bytes; }
+  DeviceMemoryKind kind() const { return handle_.kind; }
   int device() const { return device_; }
   // Exports the memory (at the first call). Error with the driver's reason where it cannot be exported.
   std::string handle();
+  // vmm: a descriptor for the peers, to be sent beside the handle.
+  Descriptor share() const;
   void close();  // frees; idempotent
   bool closed() const { return memory_ == nullptr; }
 
  private:
   CudaHandle handle_;
   int device_;
-  std::uint8_t* memory_ = nullptr;
+  void allocate();
+
+  VmmMemory vmm_;                   // owns the memory of kind vmm
+  std::uint8_t* memory_ = nullptr;  // of either kind
   bool exported_ = false;
 };
 
 class CudaPeerMapping {
  public:
   // Opens a checked handle on `device` and reads the probe page, by a kernel and by a copy. Error with the reason where
-  // the memory cannot be opened or does not read as it should.
-  CudaPeerMapping(const std::string& handle, const ArenaExpectation& expected, int device);
+  // the memory cannot be opened or does not read as it should. `fd`: what the owner's share() gave, null for kind ipc.
+  CudaPeerMapping(const std::string& handle, const ArenaExpectation& expected, int device, const Descriptor* fd = nullptr);
   ~CudaPeerMapping() { close(); }
   CudaPeerMapping(const CudaPeerMapping&) = delete;
   CudaPeerMapping& operator=(const CudaPeerMapping&) = delete;
@@ -53,10 +61,12 @@ class CudaPeerMapping {
   bool closed() const { return memory_ == nullptr; }
 
  private:
+  void open_ipc();
   void probe() const;
 
   CudaHandle handle_;
   int device_;
+  VmmMemory vmm_;
   std::uint8_t* memory_ = nullptr;
 };
 
@@ -69,7 +79,8 @@ struct CudaDeviceFacts {
   std::uint64_t total_bytes = 0;
   std::uint64_t free_bytes = 0;
   std::string pci;
-  std::vector<int> peers;  // devices that it reaches directly, by cudaDeviceCanAccessPeer
+  std::vector<int> peers;       // devices that it reaches directly, by cudaDeviceCanAccessPeer
+  std::vector<int> peer_ranks;  // by position in `peers`: cudaDevP2PAttrPerformanceRank, 0 the fastest kind of link here
 };
 int cuda_device_count();  // 0 where there is no driver
 CudaDeviceFacts cuda_device_facts(int device);

@@ -11,9 +11,10 @@ namespace sidp {
 namespace {
 
 constexpr char kMagic[8] = {'S', 'I', 'D', 'P', 'C', 'U', 'D', 'A'};
-constexpr std::uint32_t kVersion = 1;
+constexpr std::uint32_t kVersion = 2;
 constexpr std::size_t kBootIdBytes = 32;
 constexpr std::uint64_t kPage = 2ull << 20;
+constexpr std::uint64_t kMostPadding = 1ull << 30;  // of a driver's pages, far above any that exists
 
 struct Record {
   char magic[8];
@@ -32,7 +33,9 @@ struct Record {
   char boot_id[kBootIdBytes];
   std::uint8_t device[16];
   std::uint8_t ipc[kIpcHandleBytes];
-  char reserved[56];
+  std::uint64_t mapped_bytes;
+  std::uint32_t kind;
+  char reserved[44];
   std::uint64_t checksum;  // of everything before it
 };
 static_assert(sizeof(Record) == kCudaHandleBytes, "the record's layout is shared between processes");
@@ -45,6 +48,11 @@ std::uint64_t checksum_of(const Record& record) {
 }
 
 }  // namespace
+
+DeviceMemoryKind device_memory_kind(const std::string& name) {
+  SIDP_REQUIRE(name == "ipc" || name == "vmm", ConfigError, "device memory kind must be 'ipc' or 'vmm', got '", name, "'");
+  return name == "ipc" ? DeviceMemoryKind::ipc : DeviceMemoryKind::vmm;
+}
 
 std::string uuid_text(const DeviceUuid& uuid) {
   std::string text = "GPU-";
@@ -75,6 +83,8 @@ std::string encode_cuda_handle(const CudaHandle& handle) {
   Record record{};
   std::memcpy(record.magic, kMagic, sizeof(kMagic));
   record.version = kVersion;
+  record.kind = static_cast<std::uint32_t>(handle.kind);
+  record.mapped_bytes = handle.mapped_bytes;
   record.uid = handle.owner.uid;
   record.rank = handle.rank;
   record.world_size = handle.world_size;
@@ -94,7 +104,7 @@ std::string encode_cuda_handle(const CudaHandle& handle) {
   return std::string(reinterpret_cast<const char*>(&record), sizeof(record));
 }
 
-CudaHandle decode_cuda_handle(const std::string& bytes, const ArenaExpectation& expected) {
+CudaHandle decode_cuda_handle(const std::string& bytes, const ArenaExpectation& expected, DeviceMemoryKind kind) {
   SIDP_REQUIRE(bytes.size() == kCudaHandleBytes, LayoutError, "device arena handle has ", bytes.size(), " bytes, expected ",
                kCudaHandleBytes, ": it was cut short or comes from another version of sidp");
   Record record;
@@ -106,6 +116,7 @@ CudaHandle decode_cuda_handle(const std::string& bytes, const ArenaExpectation& 
                "device arena handle of rank ", expected.rank, " does not begin with its magic");
   require(record.version == kVersion, "version", record.version, kVersion);
   require(record.checksum == checksum_of(record), "checksum", record.checksum, checksum_of(record));
+  require(record.kind == static_cast<std::uint32_t>(kind), "kind", record.kind, static_cast<std::uint32_t>(kind));
   require(record.rank == expected.rank, "rank", record.rank, expected.rank);
   require(record.world_size == expected.world_size, "world size", record.world_size, expected.world_size);
   const JobToken token{record.token[0], record.token[1]};
@@ -115,13 +126,18 @@ CudaHandle decode_cuda_handle(const std::string& bytes, const ArenaExpectation& 
           cuda_probe_offset(record.extent_bytes));
   require(record.total_bytes == cuda_total_bytes(record.extent_bytes), "size", record.total_bytes,
           cuda_total_bytes(record.extent_bytes));
+  require(record.mapped_bytes >= record.total_bytes && record.mapped_bytes - record.total_bytes < kMostPadding, "size of the allocation",
+          record.mapped_bytes, record.total_bytes);
   const ProcessIdentity& self = ProcessIdentity::current();
   require(record.uid == self.uid, "user id", record.uid, self.uid);
   const std::string boot_id(record.boot_id, ::strnlen(record.boot_id, kBootIdBytes));
   require(boot_id == self.boot_id, "host", boot_id, self.boot_id);
-  require(record.pid > 0 && !(record.pid == self.pid && record.pid_namespace == self.pid_namespace), "process", record.pid,
+  const bool own = record.pid == self.pid && record.pid_namespace == self.pid_namespace;
+  require(record.pid > 0 && !(own && kind == DeviceMemoryKind::ipc), "process", record.pid,
           "another one: a process cannot map its own device memory");
   CudaHandle handle;
+  handle.kind = kind;
+  handle.mapped_bytes = record.mapped_bytes;
   handle.rank = record.rank;
   handle.world_size = record.world_size;
   handle.token = token;

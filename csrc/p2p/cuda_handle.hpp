@@ -13,11 +13,18 @@ constexpr std::size_t kIpcHandleBytes = 64;
 using DeviceUuid = std::array<std::uint8_t, 16>;
 std::string uuid_text(const DeviceUuid& uuid);
 
+// How a peer gets at the memory. `ipc`: the record holds a cudaIpc handle. `vmm`: by a file descriptor that travels beside the
+// record (descriptor_exchange.hpp).
+enum class DeviceMemoryKind : std::uint32_t { ipc = 1, vmm = 2 };
+DeviceMemoryKind device_memory_kind(const std::string& name);  // "ipc" or "vmm"; ConfigError otherwise
+
 struct CudaHandle {
+  DeviceMemoryKind kind = DeviceMemoryKind::ipc;
   std::int32_t rank = 0;
   std::int32_t world_size = 0;
   JobToken token;
   std::uint64_t total_bytes = 0;
+  std::uint64_t mapped_bytes = 0;  // of the whole allocation, in the driver's pages
   std::uint64_t extent_bytes = 0;
   std::uint64_t probe_offset = 0;  // a page of random words, drawn from `probe_seed`
   std::uint64_t probe_seed = 0;
@@ -38,6 +45,6 @@ std::uint64_t cuda_total_bytes(std::uint64_t extent_bytes);
 
 std::string encode_cuda_handle(const CudaHandle& handle);
 // LayoutError saying what is wrong: length, magic, version, checksum, or the first field that is not as expected.
-CudaHandle decode_cuda_handle(const std::string& record, const ArenaExpectation& expected);
+CudaHandle decode_cuda_handle(const std::string& record, const ArenaExpectation& expected, DeviceMemoryKind kind);
 
 }  // namespace sidp

@@ -1,4 +1,4 @@
-"""Where shares live when the ranks compute on GPUs: in device memory shared by cudaIpc, or in pinned host memory."""
+"""Where shares live when the ranks compute on GPUs: in device memory that peers map, or in pinned host memory."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from .transport import ShmTransport
 logger = logging.getLogger(__name__)
 
 _PAGE = 4096
+HANDLES = ("ipc", "vmm")  # ways to reach another rank's device memory, in the order in which they are tried
+_DESCRIPTORS_S = 20.0  # for the exchange of descriptors between processes that are all there
 _REGION_ALIGNMENT = 256  # of CaS mailboxes behind the extents
 
 
@@ -118,18 +120,27 @@ class _GpuTransport(ShmTransport):
 
 
 class CudaTransport(_GpuTransport):
-    """One cudaMalloc arena a rank, exported once and opened once by every peer on the peer's own device.
+    """One device arena a rank, exported once and opened once by every peer on the peer's own device.
 
     Collective: allocates, opens and probes every peer's memory, before anything is loaded. Behind the extents lie
-    ``region_bytes`` of CaS mailboxes.
+    ``region_bytes`` of CaS mailboxes. ``handles`` is "ipc" (cudaMalloc and cudaIpc) or "vmm" (the virtual memory API, whose
+    descriptors travel over unix sockets).
 
     Raises:
         PeerAccessRefused: some rank cannot read another's memory; raised on all ranks alike.
     """
 
-    def __init__(self, control: ControlPlane, extent_bytes: list[int], device: torch.device, region_bytes: int = 0):
+    def __init__(
+        self,
+        control: ControlPlane,
+        extent_bytes: list[int],
+        device: torch.device,
+        region_bytes: int = 0,
+        handles: str = "ipc",
+    ):
         super().__init__(control, [0] * control.world_size, device)
         self.region_bytes = region_bytes
+        self.handles = handles
         self._share_bytes = extent_bytes
         self._device_bytes = [
             self._region_offset(rank) + region_bytes if region_bytes else nbytes
@@ -140,28 +151,58 @@ class CudaTransport(_GpuTransport):
         refusal, handle = "", b""
         self._memory = None
         try:
-            self._memory = C.CudaArena(rank, control.world_size, control.token, self._device_bytes[rank], device.index)
+            self._memory = C.CudaArena(
+                rank, control.world_size, control.token, self._device_bytes[rank], device.index, handles
+            )
             if control.world_size > 1:
                 handle = self._memory.handle()
         except ConfigError:
             raise  # no memory: no other kind would help
         except SidpError as error:
             refusal = str(error)
-        handles = control.exchange("device arena", handle)
-        refusals = control.exchange("peer access", (refusal or self._open_all(handles)).encode())
+        records = control.exchange("device arena", handle)
+        descriptors: list[Any] = [None] * control.world_size
+        if handles == "vmm" and control.world_size > 1:
+            descriptors, problem = self._exchange_descriptors(refusal)
+            refusal = refusal or problem
+        refusals = control.exchange("peer access", (refusal or self._open_all(records, descriptors)).encode())
         for other, reason in enumerate(refusals):
             if reason:
                 self.close()
                 raise PeerAccessRefused(f"rank {other}: {reason.decode(errors='replace')}")
 
-    def _open_all(self, handles: list[bytes]) -> str:
+    def _exchange_descriptors(self, refusal: str) -> tuple[list[Any], str]:
+        """Every rank's descriptor, and why there is none. Collective, also for a rank with a ``refusal``."""
+        control, exchange, address = self._control, None, b""
+        if not refusal:
+            try:
+                exchange = C.DescriptorExchange(control.rank, control.world_size, control.token)
+                address = exchange.address
+            except SidpError as error:
+                refusal = str(error)
+        addresses = control.exchange("descriptor addresses", address)
+        if exchange is None or not all(addresses):
+            return [], refusal or "another rank has no descriptor to give"
+        try:
+            own = self._memory.share()
+            return exchange.run(own.fd, addresses, min(_DESCRIPTORS_S, control.timeout_s)), ""
+        except SidpError as error:
+            return [], str(error)
+
+    def _open_all(self, records: list[bytes], descriptors: list[Any]) -> str:
         control = self._control
-        for rank, handle in enumerate(handles):
-            if rank == control.rank or not handle:
+        for rank, record in enumerate(records):
+            if rank == control.rank or not record:
                 continue
             try:
                 self._peers[rank] = C.CudaPeerMapping(
-                    handle, rank, control.world_size, control.token, self._device_bytes[rank], self._device.index
+                    record,
+                    rank,
+                    control.world_size,
+                    control.token,
+                    self._device_bytes[rank],
+                    self._device.index,
+                    descriptors[rank],
                 )
             except SidpError as error:
                 return str(error)
@@ -246,20 +287,24 @@ def open_gpu_transport(
 ) -> _GpuTransport:
     """Collective: device memory where every rank can read every other's, pinned host memory otherwise (without CaS).
 
-    SIDP_P2P=auto|ipc|host: "ipc" refuses to fall back, "host" asks for host memory.
+    SIDP_P2P=auto|ipc|vmm|host: "ipc" and "vmm" refuse to fall back, "host" asks for host memory; "auto" tries them in
+    this order.
     """
     wish = os.environ.get("SIDP_P2P", "auto")
-    if wish not in ("auto", "ipc", "host"):
-        raise ConfigError(f"environment variable SIDP_P2P={wish!r}: expected 'auto', 'ipc' or 'host'")
+    if wish not in ("auto", *HANDLES, "host"):
+        raise ConfigError(f"environment variable SIDP_P2P={wish!r}: expected 'auto', 'ipc', 'vmm' or 'host'")
     if wish == "host":
         return HostTransport(control, extent_bytes, device)
-    try:
-        return CudaTransport(control, extent_bytes, device, region_bytes)
-    except PeerAccessRefused as refusal:
-        if wish == "ipc":
-            raise ConfigError(f"SIDP_P2P=ipc, but {refusal}") from None
-        logger.warning("sidp: weights stay in pinned host memory: %s", refusal)
-        return HostTransport(control, extent_bytes, device)
+    refusals = []
+    for handles in HANDLES if wish == "auto" else (wish,):
+        try:
+            return CudaTransport(control, extent_bytes, device, region_bytes, handles)
+        except PeerAccessRefused as refusal:
+            refusals.append(f"{handles}: {refusal}")
+    if wish != "auto":
+        raise ConfigError(f"SIDP_P2P={wish}, but {refusals[0]}")
+    logger.warning("sidp: weights stay in pinned host memory: %s", "; ".join(refusals))
+    return HostTransport(control, extent_bytes, device)
 
 
 def _ring_settings() -> dict:
@@ -296,6 +341,8 @@ def device_report() -> list[dict]:
                 "total_bytes": facts.total_bytes,
                 "free_bytes": facts.free_bytes,
                 "reaches": list(facts.peers),
+                "reaches_rank": list(facts.peer_ranks),
+                "vmm_refusal": C.vmm_refusal(index),
                 "mps": bool(os.environ.get("CUDA_MPS_PIPE_DIRECTORY")) or os.path.exists("/tmp/nvidia-mps/control"),
             }
         )

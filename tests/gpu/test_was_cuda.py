@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,9 @@ from launch import parallel_launch, start
 from sidp import FFNSpec, PoolConfig, WeightPool, ffn_forward
 from sidp._native import C
 from sidp.ffn import apply_formula
+from sidp.transport_cuda import device_bytes
+
+sys.path.append(str(Path(__file__).parents[2] / "bench"))  # trace_table
 
 pytestmark = [
     pytest.mark.gpu,
@@ -190,16 +195,32 @@ def group_body(ctx, placement, force_fetch, graphs):
         return all(same), pool.stats().fetches
 
 
+@pytest.fixture(params=["ipc", "vmm"])
+def handles(request, monkeypatch):
+    """Both ways to reach another process's device memory; what they carry is tested by the same cases."""
+    monkeypatch.setenv("SIDP_P2P", request.param)
+    if request.param == "vmm" and C.vmm_refusal(0):
+        pytest.skip(f"VMM handles: {C.vmm_refusal(0)}")
+    return request.param
+
+
 @pytest.mark.parametrize("placement", ["layer", "striped"])
 @pytest.mark.parametrize("world", [2, 4])
-def test_processes_on_one_gpu_through_cuda_ipc(hand_over, world, placement, monkeypatch):
-    monkeypatch.setenv("SIDP_P2P", "ipc")
+def test_processes_on_one_gpu(handles, world, placement, monkeypatch):
+    monkeypatch.setenv("SIDP_POISON", "1")
     for same, fetches in parallel_launch(group_body, world, placement, True, True, timeout=100):
         assert same and fetches > 0
 
 
-def test_owners_on_the_same_gpu_are_read_in_place(monkeypatch):
-    monkeypatch.setenv("SIDP_P2P", "ipc")
+@pytest.mark.parametrize("placement", ["layer", "striped"])
+def test_processes_hand_over_by_words(placement, monkeypatch):
+    monkeypatch.setenv("SIDP_HAND_OVER", "words")
+    monkeypatch.setenv("SIDP_POISON", "1")
+    for same, fetches in parallel_launch(group_body, 2, placement, True, True, timeout=100):
+        assert same and fetches > 0
+
+
+def test_owners_on_the_same_gpu_are_read_in_place(handles):
     assert parallel_launch(group_body, 2, "layer", False, True, timeout=90) == [(True, 0)] * 2
 
 
@@ -229,7 +250,7 @@ def killed_body(ctx):
 @pytest.mark.skipif(
     "CUDA_MPS_PIPE_DIRECTORY" in os.environ, reason="MPS gives no promise to clients when one is killed"
 )
-def test_a_killed_rank_is_named():
+def test_a_killed_rank_is_named(handles):
     with start(killed_body, 2, timeout=90) as ranks:
         ranks.wait_for("ready")
         ranks.kill(1)
@@ -259,11 +280,110 @@ def model_body(ctx, families):
     return wrong
 
 
-def test_families_of_hugging_face_are_bit_identical(monkeypatch):
-    from pathlib import Path
+FAMILIES_A = [
+    "llama",
+    "llama_bias_tied",
+    "qwen2",
+    "qwen3",
+    "mistral",
+    "gemma2",
+    "gemma3_text",
+    "phi3",
+    "glm",
+    "gpt2",
+    "opt",
+]
+FAMILIES_B = ["falcon", "falcon_bias", "falcon_new", "gpt_neox", "gptj", "stablelm", "olmo2", "starcoder2", "cohere", "granite",
+              "nemotron"]  # fmt: skip
 
+
+@pytest.fixture
+def hf_models(monkeypatch):
+    """The tiny models of the CPU tests, importable here and in the ranks."""
     folder = str(Path(__file__).parents[1] / "hf")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([folder, os.environ.get("PYTHONPATH", "")]))
     monkeypatch.syspath_prepend(folder)
-    families = ["llama", "qwen3", "gemma2", "phi3", "gpt2", "opt", "falcon"]
+
+
+@pytest.mark.parametrize("families", [FAMILIES_A, FAMILIES_B], ids=["first half", "second half"])
+def test_families_of_hugging_face_are_bit_identical(hf_models, families):
     assert parallel_launch(model_body, 2, families, timeout=120) == [[], []]
+
+
+def batching_body(ctx):
+    import models
+    import transformers
+
+    from sidp.batch.paged import batching_config
+
+    torch.cuda.set_device(0)
+    model = models.build("llama", torch.bfloat16).cuda()
+    settings = batching_config(16, num_blocks=32, max_batch_tokens=64)
+    options = transformers.GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=2, pad_token_id=0)
+    prompts = models.prompt(ctx.rank, rows=4 + ctx.rank)["input_ids"].tolist()
+
+    def tokens():
+        results = model.generate_batch(inputs=prompts, generation_config=options, continuous_batching_config=settings)
+        return [result.generated_tokens for result in results.values()]
+
+    with torch.no_grad():
+        expected = tokens()
+        with sidp.pool_model(model, config=PoolConfig(mode="was", force_fetch=True, slots=2, timeout_s=30)) as pool:
+            same = tokens() == expected
+            return len(expected) == len(prompts) and same, pool.stats().fetches > 0
+
+
+def test_families_under_continuous_batching(hf_models):
+    assert parallel_launch(batching_body, 2, timeout=120) == [(True, True)] * 2
+
+
+def test_vmm_memory_maps_reads_and_frees():
+    if C.vmm_refusal(0):
+        pytest.skip(f"VMM handles: {C.vmm_refusal(0)}")
+    token, nbytes = os.urandom(16), 96 << 20
+    torch.zeros(1, device="cuda")
+    before = torch.cuda.mem_get_info()[0]
+    arena = C.CudaArena(0, 2, token, nbytes, 0, "vmm")
+    handle = arena.handle()
+    assert before - torch.cuda.mem_get_info()[0] >= nbytes
+    values = torch.randint(0, 256, (nbytes,), dtype=torch.uint8, device="cuda")
+    device_bytes(arena.extents, nbytes, arena, torch.device("cuda", 0)).copy_(values)
+    mapping = C.CudaPeerMapping(
+        handle, 0, 2, token, nbytes, 0, arena.share()
+    )  # a descriptor may come back to its own process
+    assert mapping.extents != arena.extents
+    assert torch.equal(device_bytes(mapping.extents, nbytes, mapping, torch.device("cuda", 0)), values)
+    with pytest.raises(sidp.SidpError, match="kind"):
+        C.CudaPeerMapping(handle, 0, 2, token, nbytes, 0)
+    del values
+    torch.cuda.synchronize()
+    mapping.close()
+    arena.close()
+    torch.cuda.empty_cache()
+    assert abs(before - torch.cuda.mem_get_info()[0]) <= 4 << 20
+
+
+def test_nothing_waits_on_the_hot_path(tmp_path):
+    from torch.profiler import ProfilerActivity, profile, record_function
+    from trace_table import table, waits
+
+    spec = FFNSpec(HIDDEN, INNER)
+    weights = weights_of(spec)
+    with pool_of(spec, weights, host_tier=True, slots=3) as pool:
+        x = inputs(0)
+        graph, _ = capture(pool, x)
+        for _ in range(3):
+            forward(x, pool)
+        torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+            with record_function("hot path"):
+                for _ in range(3):
+                    forward(x, pool)
+                    graph.replay()
+            torch.cuda.synchronize()
+        profiler.export_chrome_trace(str(tmp_path / "trace.json"))
+        rows = table(tmp_path / "trace.json", "hot path")
+        copies = sum(count for category, name, count, _ in rows if name.startswith("cudaMemcpyAsync"))
+        assert copies >= 3 * LAYERS, rows  # the profiler sees the native ring's own calls
+        assert waits(rows) == [], rows
+        del graph

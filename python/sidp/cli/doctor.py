@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import resource
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -51,7 +53,10 @@ def examine() -> Iterator[Finding]:
     yield _descriptors()
     gpus, torch_finding = _torch()
     yield torch_finding
-    yield from _gpus(gpus)
+    if gpus and module is not None and _built_with_cuda(module):
+        yield from _devices()
+    else:
+        yield from _gpus(gpus)
     yield _choice(module, gpus)
 
 
@@ -143,6 +148,93 @@ def _gpus(names: list[str]) -> Iterator[Finding]:
         yield Finding("note", "GPUs", "torch sees none")
     for index, name in enumerate(names):
         yield Finding("ok", f"GPU {index}", name)
+
+
+def _devices() -> Iterator[Finding]:
+    """Each GPU as a pool sees it: what it is, whom it reaches and how, and what a group of them would use."""
+    from ..transport_cuda import HANDLES, device_report
+
+    report = device_report()
+    yield _driver()
+    links = _nvlink_table()
+    for gpu in report:
+        text = (
+            f"{gpu['name']}, {gpu['free_bytes'] / 1e9:.1f} of {gpu['total_bytes'] / 1e9:.1f} GB free, "
+            f"{gpu['multiprocessors']} SMs, {gpu['copy_engines']} copy engines, {gpu['pci']}"
+        )
+        yield Finding("ok", f"GPU {gpu['index']}", text)
+    yield _reach(report, links)
+    yield _mps(report)
+    refusals = sorted({gpu["vmm_refusal"] for gpu in report if gpu["vmm_refusal"]})
+    wish = os.environ.get("SIDP_P2P", "auto")
+    order = " then ".join((*HANDLES, "host")) if wish == "auto" else wish
+    vmm = f"; vmm is not offered here: {'; '.join(refusals)}" if refusals else ""
+    text = (
+        f"SIDP_P2P={wish}: {order}. Ranks open and read each other's memory when a pool starts, and all of them take the "
+        f"next kind where one fails (ipc: cudaIpc; vmm: descriptors over unix sockets; host: pinned host memory){vmm}"
+    )
+    yield Finding("ok", "peer memory", text)
+
+
+def _driver() -> Finding:
+    output = _nvidia_smi("--query-gpu=driver_version", "--format=csv,noheader")
+    if output is None:
+        return Finding("note", "driver", "nvidia-smi does not answer here: version and NVLink are not known")
+    import torch
+
+    return Finding("ok", "driver", f"{output.splitlines()[0].strip()}, torch's CUDA {torch.version.cuda}")
+
+
+def _nvidia_smi(*arguments: str) -> str | None:
+    """What nvidia-smi prints; None where it is missing, fails or does not end."""
+    try:
+        done = subprocess.run(("nvidia-smi", *arguments), capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout if done.stdout.strip() else None
+
+
+def _nvlink_table() -> dict[tuple[int, int], str]:
+    """(GPU, GPU) -> "NV18" and the like, from nvidia-smi's topology; empty where CUDA numbers the GPUs otherwise."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES"):
+        return {}
+    lines = [line.split() for line in (_nvidia_smi("topo", "-m") or "").splitlines()]
+    header = next((words for words in lines if words and words[0].endswith("GPU0")), [])
+    columns = [word for word in header if re.fullmatch(r"\W*(\[4m)?GPU\d+", word)]
+    links = {}
+    for words in lines:
+        if words and (row := re.fullmatch(r"GPU(\d+)", words[0])) and len(words) > len(columns):
+            for column, kind in enumerate(words[1 : 1 + len(columns)]):
+                links[int(row[1]), column] = kind
+    return links
+
+
+def _reach(report: list[dict], links: dict[tuple[int, int], str]) -> Finding:
+    if len(report) == 1:
+        return Finding(
+            "note", "peer access", "one GPU: ranks on it read each other's memory in place, there is no link"
+        )
+    lines, far = [], []
+    for gpu in report:
+        for other, rank in zip(gpu["reaches"], gpu["reaches_rank"], strict=True):
+            kind = links.get((gpu["index"], other), f"performance rank {rank}")
+            lines.append(f"{gpu['index']}->{other} {'NVLink ' + kind if kind.startswith('NV') else kind}")
+        missing = {other["index"] for other in report} - {gpu["index"], *gpu["reaches"]}
+        far += [f"{gpu['index']}->{other}" for other in sorted(missing)]
+    text = ", ".join(lines) or "none"
+    if far:
+        return Finding(
+            "note", "peer access", f"{text}; not reached: {', '.join(far)} (pools over these use host memory)"
+        )
+    return Finding("ok", "peer access", text)
+
+
+def _mps(report: list[dict]) -> Finding:
+    if any(gpu["mps"] for gpu in report):
+        return Finding("ok", "MPS", "a control daemon seems to run: several ranks can share a GPU at full speed")
+    return Finding(
+        "note", "MPS", "does not run: give each rank a GPU of its own (ranks that share one take turns by milliseconds)"
+    )
 
 
 def _choice(module, gpus: list[str]) -> Finding:
