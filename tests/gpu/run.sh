@@ -1,18 +1,61 @@
 #!/bin/bash
-# The GPU tests of WaS: run.sh [LOG_FOLDER]. Needs SIDP_EXTENSION_DIR (or an installed sidp). First without MPS, then the
-# tests of several processes under an MPS of its own, which is stopped afterwards; sanitizers last.
-logs=${1:-.} failed=0 here=$(cd "$(dirname "$0")" && pwd)
-test=$here/test_was_cuda.py
+# The GPU tests of sidp and the benches of WaS: run.sh [PART ...] [--logs FOLDER]. Needs SIDP_EXTENSION_DIR (or an installed
+# sidp). Each part ends within the time named here; exit status 0 when all hold.
+#   single     (150 s) WaS in one process, the profiler's look at the hot path, a killed rank; no MPS
+#   processes  (240 s) WaS in 2 and 4 processes, by cudaIpc and by VMM handles, families; under an MPS of its own
+#   cas        (180 s) CaS through WeightPool in several processes; under an MPS of its own
+#   sanitize   (240 s) memcheck, synccheck, initcheck and racecheck on a small run of the ring
+#   bench      (300 s) bench/was_gpu.py: overlap, slices, host cost
+#   offload    (240 s) bench/was_offload.py: accelerate and FSDP2 beside sidp
+#   profile    (60 s)  sidp bench --json --profile
+#   tests = single processes cas; without arguments: tests sanitize
+here=$(cd "$(dirname "$0")" && pwd) logs=. failed=0 parts=()
+while [ $# -gt 0 ]; do
+  case $1 in
+    --logs) logs=$2; shift ;;
+    tests) parts+=(single processes cas) ;;
+    single | processes | cas | sanitize | bench | offload | profile) parts+=("$1") ;;
+    *) echo "run.sh: no part named $1" >&2; exit 2 ;;
+  esac
+  shift
+done
+[ ${#parts[@]} -gt 0 ] || parts=(single processes cas sanitize)
+mkdir -p "$logs"
+test=$here/test_was_cuda.py several="processes or owners or families"
 run() { timeout -k 5 "$@" || { echo "== exit status $?: $*"; failed=1; }; }
-run 120 python3 -m pytest -q -p no:cacheprovider --durations=5 -k "not processes and not owners and not families" "$test"
-export CUDA_MPS_PIPE_DIRECTORY=$(mktemp -d) CUDA_MPS_LOG_DIRECTORY=$(mktemp -d)
-nvidia-cuda-mps-control -d
-run 150 python3 -m pytest -q -p no:cacheprovider --durations=5 -k "processes or owners or families" "$test"
-echo quit | timeout 20 nvidia-cuda-mps-control
-unset CUDA_MPS_PIPE_DIRECTORY CUDA_MPS_LOG_DIRECTORY
-for tool in memcheck racecheck synccheck initcheck; do
-  run 60 compute-sanitizer --tool $tool --error-exitcode 9 --log-file "$logs/$tool.log" \
-    python3 "$here/sanitized.py"
-  tail -n 2 "$logs/$tool.log"
+pytest() { run "$1" python3 -m pytest -q -p no:cacheprovider --durations=5 "${@:2}"; }
+
+with_mps() {
+  export CUDA_MPS_PIPE_DIRECTORY=$(mktemp -d) CUDA_MPS_LOG_DIRECTORY=$(mktemp -d)
+  nvidia-cuda-mps-control -d
+  "$@"
+  echo quit | timeout 20 nvidia-cuda-mps-control
+  rm -rf "$CUDA_MPS_PIPE_DIRECTORY" "$CUDA_MPS_LOG_DIRECTORY"
+  unset CUDA_MPS_PIPE_DIRECTORY CUDA_MPS_LOG_DIRECTORY
+}
+
+# initcheck and racecheck look at our kernels only: libraries' kernels take most of the time and are not ours to mend.
+sanitize() {
+  local own=(--kernel-name kns=sidp)
+  for tool in memcheck synccheck initcheck racecheck; do
+    local only=()
+    case $tool in initcheck | racecheck) only=("${own[@]}") ;; esac
+    run 60 compute-sanitizer --tool "$tool" "${only[@]}" --error-exitcode 9 --log-file "$logs/$tool.log" \
+      python3 "$here/sanitized.py" tiny
+    tail -n 2 "$logs/$tool.log"
+  done
+}
+
+for part in "${parts[@]}"; do
+  echo "== $part"
+  case $part in
+    single) pytest 150 -k "not ($several)" "$test" ;;
+    processes) with_mps pytest 220 -k "$several" "$test" ;;
+    cas) with_mps pytest 160 "$here/test_cas_cuda.py" ;;
+    sanitize) sanitize ;;
+    bench) run 290 python3 "$here/../../bench/was_gpu.py" > >(tee "$logs/was_gpu.jsonl") ;;
+    offload) run 230 python3 "$here/../../bench/was_offload.py" > >(tee "$logs/was_offload.jsonl") ;;
+    profile) run 60 python3 -m sidp.cli bench --json "$logs/bench.json" --profile "$logs/profile.json" ;;
+  esac
 done
 exit $failed
