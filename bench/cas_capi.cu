@@ -152,6 +152,11 @@ int sidp_cas_stop(void* server) {
 }
 void sidp_cas_server_free(void* server) { delete static_cast<CudaServer*>(server); }
 
+// Why the server has failed, or nothing.
+int sidp_cas_fault(void* server) {
+  return guarded([&] { static_cast<CudaServer*>(server)->throw_if_failed(); });
+}
+
 // batches, requests, rows, refused, busy_ns, launches
 int sidp_cas_counters(void* server, std::uint64_t* out) {
   return guarded([&] {

@@ -116,6 +116,8 @@ def trace(lib, units, sms: int, rows: int) -> dict:
         took = graph_us(call)
         group.check()
         marks = read()
+    except RuntimeError as error:
+        raise RuntimeError(f"{error}; {group.fault()}") from error
     finally:
         group.close()
     ends = torch.tensor([[float(cta[3] - cta[0]) for cta in turn] for turn in (before, marks)])  # gate_up

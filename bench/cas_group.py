@@ -172,6 +172,11 @@ class Group:
         self.ok(self.lib.sidp_cas_counters(ctypes.c_void_p(self.servers[owner]), out))
         return dict(zip(("batches", "requests", "rows", "refused", "busy_ns", "launches"), out, strict=True))
 
+    def fault(self) -> str:
+        """What the servers say of a failed launch; their words lie in the host's memory."""
+        bad = [s for s in self.servers if self.lib.sidp_cas_fault(ctypes.c_void_p(s)) != 0]
+        return self.lib.sidp_cas_error().decode() if bad else "no server has failed"
+
     def close(self):
         for server in self.servers:
             self.ok(self.lib.sidp_cas_stop(ctypes.c_void_p(server)))

@@ -82,6 +82,12 @@ def owner_cost(lib, sms: int) -> dict:
         states["busy"] = beside_busy(group, x, work)
     finally:
         group.close()
+    group = Group(lib, units, sms=sms, idle_ms=1.0, run_ms=20.0, watch_ms=20.0)
+    try:
+        torch.cuda.synchronize()
+        states["idle, watch of 20 ms"] = measure(work)
+    finally:
+        group.close()
     group = Group(
         lib, units, sms=sms, idle_ms=1e5, run_ms=1e5
     )  # after a request it holds its SMs until it is told to stop

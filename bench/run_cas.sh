@@ -15,19 +15,16 @@ variant_flags() {
     fast) echo -DSIDP_CAS_FAST ;;
     ldm) echo $few ;;
     shift) echo $few -DSIDP_CAS_ROLLED=64 ;;
-    half) echo $few -DSIDP_CAS_ROLLED=64 -DSIDP_CAS_HALVES=1 ;;
     over) echo $few -DSIDP_CAS_ROLLED=64 -DSIDP_CAS_HALVES=2 ;;
-    wide) echo $few -DSIDP_CAS_ROLLED=64 -DSIDP_CAS_WIDE=16 -DSIDP_CAS_WIDE_PAIRS=0 ;;
-    pairs) echo $few -DSIDP_CAS_ROLLED=64 -DSIDP_CAS_WIDE=16 -DSIDP_CAS_WIDE_PAIRS=1 ;;
-    ahead) echo $few -DSIDP_CAS_ROLLED=64 -DSIDP_CAS_HALVES=2 -DSIDP_CAS_AHEAD ;;
-    best) echo $few -DSIDP_CAS_ROLLED=64 -DSIDP_CAS_HALVES=2 -DSIDP_CAS_WIDE=8 -DSIDP_CAS_WIDE_PAIRS=0 -DSIDP_CAS_AHEAD ;;
+    wide) echo $few -DSIDP_CAS_ROLLED=64 -DSIDP_CAS_WIDE=16 ;;
+    both) echo $few -DSIDP_CAS_ROLLED=64 -DSIDP_CAS_HALVES=2 -DSIDP_CAS_WIDE=16 ;;
+    unrolled) echo $few -DSIDP_CAS_HALVES=2 -DSIDP_CAS_WIDE=16 ;;
     trace_fast) echo -DSIDP_CAS_FAST -DSIDP_CAS_TRACE ;;
-    trace_best) echo $few -DSIDP_CAS_ROLLED=64 -DSIDP_CAS_HALVES=2 -DSIDP_CAS_WIDE=8 -DSIDP_CAS_WIDE_PAIRS=0 -DSIDP_CAS_AHEAD \
-      -DSIDP_CAS_TRACE ;;
+    trace_both) echo $few -DSIDP_CAS_ROLLED=64 -DSIDP_CAS_HALVES=2 -DSIDP_CAS_WIDE=16 -DSIDP_CAS_TRACE ;;
   esac
 }
-builds="base fast ldm shift half over ahead wide pairs best"
-traced="trace_fast trace_best"
+builds="base fast ldm shift over wide both unrolled"
+traced="trace_fast trace_both"
 step() {  # step SECONDS NAME COMMAND...: the tail is shown, all of it is kept
   local limit=$1 name=$2 start=$SECONDS; shift 2
   timeout -k 5 "$limit" "$@" > "$out/$name.log" 2>&1 || echo "== $name: exit status $?"
@@ -35,8 +32,8 @@ step() {  # step SECONDS NAME COMMAND...: the tail is shown, all of it is kept
   tail -n "${lines:-40}" "$out/$name.log"
 }
 build_one() { # SOURCE NAME: one object file
-  local source=$1 name=$2 object=$built/$name.$(basename "$1").o
-  nvcc $flags $(variant_flags $name) -c -o "$object" "$root/$source" || echo "build of $source for $name failed"
+  local object=$built/$2.$(basename "$1").o
+  nvcc $flags $(variant_flags "$2") -c -o "$object" "$root/$1" || echo "build of $1 for $2 failed"
 }
 if [[ $parts == *build* ]]; then
   start=$SECONDS
@@ -67,15 +64,17 @@ if [[ $parts == *measure* ]]; then
   done
   echo "== self tests right:$right"
   step 90 compare python3 "$here/cas_compare.py" $(pairs $right) --sms 32,40,48 --rows 1,16,32,64,128 --out "$out/compare.json"
-  step 25 trace python3 "$here/cas_compare.py" $(pairs $traced) --trace --sms 40,48 --rows 1,16,64,128 --out "$out/trace.json"
+  for name in $traced; do
+    step 25 "$name" python3 "$here/cas_compare.py" $(pairs $name) --trace --sms 40,48 --rows 1,16,64,128 --out "$out/$name.json"
+  done
   step 15 read "$built/cas_read" short
   step 25 tiny python3 "$here/cas_compare.py" $(pairs $right) --shapes tiny --skip-small --sms 32 --rows 1,8,64
-  step 30 owner python3 "$here/cas_kernel.py" "$built/fast.so" --owner-cost --sms 40 --out "$out/owner.json"
+  step 40 owner python3 "$here/cas_kernel.py" "$built/both.so" --owner-cost --sms 40 --out "$out/owner.json"
 fi
 if [[ $parts == *more* ]]; then
   right=${right:-$builds}
   step 30 float16 python3 "$here/cas_compare.py" $(pairs $right) --dtype float16 --skip-small --sms 40 --rows 1,16,64
-  lines=12 step 40 selftest "$built/selftest_over" basic striped relaunch faults free graph
+  lines=12 step 40 selftest "$built/selftest_both" basic striped relaunch faults free graph
 fi
 if [[ $parts == *profile* ]]; then
   ncu --query-metrics > "$built/metrics.txt" 2>/dev/null

@@ -8,15 +8,9 @@ namespace cas {
 
 namespace {
 
-#if defined(SIDP_CAS_FAST)
-constexpr u32 kCopyThreads = 256;  // many small CTAs: one that has 64 KB to move takes 1.2 us for it
-constexpr u32 kCopyUnitsPerThread = 4;  // of 16 bytes, in flight
-constexpr u32 kMaxCopyCtas = 64;
-#else
 constexpr u32 kCopyThreads = 1024;
 constexpr u32 kCopyUnitsPerThread = 4;  // of 16 bytes, in flight
 constexpr u32 kMaxCopyCtas = 16;
-#endif
 
 // Both kernels are launched so that the next one of the stream may be set up while they still run (programmatic dependent
 // launch); here each waits for its predecessor's end and its writes.
@@ -160,7 +154,9 @@ __device__ Expected wait_reply(const RequesterArguments& args, u32 owner, u32 ro
   Pair pair = {};
   Fault fault = wait_bounded(args, [&] {
     pair = load_pair_acquire_sys(reply);
-    return pair.first >= sequence;
+    if (pair.first >= sequence) return true;
+    if (blockIdx.x != 0) __nanosleep(200);  // many that look at one line without a pause slow down the stream of weights
+    return false;
   });
   const u32 status = static_cast<u32>(pair.second), answered = static_cast<u32>(pair.second >> 32);
   if (fault == Fault::kNone && pair.first != sequence) fault = Fault::kSequence;
@@ -379,8 +375,17 @@ __global__ void __launch_bounds__(kCopyThreads) wait_rows(const __grid_constant_
   }
 }
 
+// Small CTAs as long as there are few of them: one that has 64 KB to move takes 1.2 us for it.
+u32 copy_threads(u64 bytes) {
+#if defined(SIDP_CAS_FAST)
+  return bytes <= u64(kMaxCopyCtas) * 256 * kCopyUnitsPerThread * 16 ? 256 : kCopyThreads;
+#else
+  return kCopyThreads;
+#endif
+}
+
 u32 copy_ctas(u64 bytes) {
-  const u64 per_cta = u64(kCopyThreads) * kCopyUnitsPerThread * 16;
+  const u64 per_cta = u64(copy_threads(bytes)) * kCopyUnitsPerThread * 16;
   const u64 ctas = (bytes + per_cta - 1) / per_cta;
   return static_cast<u32>(ctas < 1 ? 1 : ctas > kMaxCopyCtas ? kMaxCopyCtas : ctas);
 }
@@ -396,13 +401,14 @@ cudaError_t preload_requester_kernels() {
 namespace {
 
 template <typename... Parameters, typename... Values>
-cudaError_t launch_following(void (*kernel)(Parameters...), dim3 grid, cudaStream_t stream, Values... values) {
+cudaError_t launch_following(void (*kernel)(Parameters...), dim3 grid, u32 threads, cudaStream_t stream,
+                             Values... values) {
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
-  config.blockDim = dim3(kCopyThreads);
+  config.blockDim = dim3(threads);
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = 1;
@@ -413,13 +419,13 @@ cudaError_t launch_following(void (*kernel)(Parameters...), dim3 grid, cudaStrea
 
 cudaError_t launch_push(const RequesterArguments& arguments, const RowsArgument& rows, bool striped, cudaStream_t stream) {
   const u64 bytes = u64(rows.count) * arguments.hidden * 2;
-  return launch_following(push_rows, dim3(copy_ctas(bytes), rows.owners), stream, arguments, rows,
+  return launch_following(push_rows, dim3(copy_ctas(bytes), rows.owners), copy_threads(bytes), stream, arguments, rows,
                           u16(striped ? kReplyFloat32 : 0));
 }
 
 cudaError_t launch_wait(const RequesterArguments& arguments, const RowsArgument& rows, bool striped, cudaStream_t stream) {
   const u64 bytes = u64(rows.count) * arguments.hidden * (striped ? 4 * rows.owners : 2);
-  return launch_following(wait_rows, dim3(copy_ctas(bytes)), stream, arguments, rows, striped);
+  return launch_following(wait_rows, dim3(copy_ctas(bytes)), copy_threads(bytes), stream, arguments, rows, striped);
 }
 
 }  // namespace cas

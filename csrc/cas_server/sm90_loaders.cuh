@@ -57,8 +57,7 @@ __device__ inline void load_weights(const ServerArguments& args, SharedState& sh
       const CUtensorMap* map = &unit.weights[phase];
       prefetch_map(map);
       const bool pair = phase == 0 && unit.gate_weights != nullptr;  // the boxes are of two matrices
-      const bool turns = pair && wide_pairs(width);                 // side by side in one matrix, then in the other
-      const bool wide = turns || (phase == 1 && wide_down(width));  // they lie side by side
+      const bool wide = phase == 1 && wide_down(width);             // they lie side by side
       const u32 tile_rows = pair || wide ? kBoxRows : kTileRows;
       const u32 first_row = pair || wide ? 0 : box * kBoxRows;
       const u32 first_column = wide ? box * kBoxColumns : 0, columns = wide ? 2 * kBoxColumns : kBoxColumns;
@@ -67,8 +66,8 @@ __device__ inline void load_weights(const ServerArguments& args, SharedState& sh
         u64* full = &shared.full[part_of(stage, box)];
         barrier_arrive_expect(full, kBoxBytes);
         copy_box(map, full, ring + stage * kWeightBytes + box * kBoxBytes,
-                 (turns ? depth / 2 : depth) * columns + first_column, tile * tile_rows + first_row,
-                 turns ? depth % 2 : pair ? box : 0, kEvictFirst);
+                 depth * columns + first_column, tile * tile_rows + first_row,
+                 pair ? box : 0, kEvictFirst);
         if (phase == 0 && box == 0 && tile * shape.depth + depth == share_begin(shape, blockIdx.x)) trace(Mark::kIssued);
       });
     }
@@ -111,14 +110,13 @@ __device__ inline void load_activations(const ServerArguments& args, SharedState
           fail(args, ServerFault::kGather, progress.gathered);
       }
       fence_async_proxy();
-      const bool turns = phase == 0 && unit.gate_weights != nullptr && wide_pairs(width);
-      const u32 boxes = turns || (phase == 1 && wide_down(width)) ? 2 : 1;
+      const u32 boxes = phase == 1 && wide_down(width) ? 2 : 1;
       for_each_stage(args, shared, position, stages, phase_of(unit, phase, width), 1, [&](u32 stage, u32, u32 depth) {
         u64* full = &shared.full[part_of(stage, 0)];
         barrier_arrive_expect(full, boxes * box_bytes);
         for (u32 i = 0; i < boxes; ++i)
           copy_box(map, full, targets + stage * activation_bytes(width) + i * box_bytes,
-                   ((turns ? depth / 2 : depth) * boxes + i) * kBoxColumns, row, kEvictLast);
+                   (depth * boxes + i) * kBoxColumns, row, kEvictLast);
       });
     }
     barrier_arrive(&shared.batch_empty[parity]);

@@ -28,8 +28,6 @@ __device__ __forceinline__ void serve_batch(const ServerArguments& args, SharedS
       const u32 stages = min(shape.depth - depth, end - at);
 #pragma unroll
       for (u32 i = 0; i < N; ++i) sums[i / (N / 2)][i % (N / 2)] = 0.0f;
-      NextPartial<N> next = {};
-      if (N <= kAhead && depth == 0 && stages < shape.depth) fetch_partial<N>(args, me, id, phase, shape, next);
 #if defined(SIDP_CAS_TRACE)
       if (me.group == 0 && me.thread == 0 && at == share_begin(shape, blockIdx.x)) {
         wait_barrier(args, &shared.full[part_of(me.position.stage, 0)], me.position.parity(), ServerFault::kRing,
@@ -42,11 +40,9 @@ __device__ __forceinline__ void serve_batch(const ServerArguments& args, SharedS
       if constexpr (N > SIDP_CAS_LDMATRIX) {
         multiply<T, N>(args, shared, me, stages, sums);
       } else if (kWide && phase == 1) {
-        multiply_registers<T, N, kWide, false>(args, shared, me, stages, sums);
-      } else if (wide_pairs(N) && unit.gate_weights != nullptr) {
-        multiply_registers<T, N, wide_pairs(N), wide_pairs(N)>(args, shared, me, stages, sums);
+        multiply_registers<T, N, kWide>(args, shared, me, stages, sums);
       } else {
-        multiply_registers<T, N, false, false>(args, shared, me, stages, sums);
+        multiply_registers<T, N, false>(args, shared, me, stages, sums);
       }
 #else
       multiply<T, N>(args, shared, me, stages, sums);
@@ -57,7 +53,7 @@ __device__ __forceinline__ void serve_batch(const ServerArguments& args, SharedS
         store_partial<N>(args, me, id, phase, sums);
         continue;
       }
-      if (stages < shape.depth) add_partials<N>(args, me, id, phase, shape, tile, next, sums);
+      if (stages < shape.depth) add_partials<N>(args, me, id, phase, shape, tile, sums);
 #if defined(SIDP_CAS_ROLLED)
       if constexpr (N >= SIDP_CAS_ROLLED) {
         if (phase == 0)

@@ -3,8 +3,6 @@
 // else. All of it must be inlined: where ptxas sees a call it waits after every single wgmma.
 #pragma once
 
-#include <type_traits>
-
 #include "activation.cuh"
 #include "mma_sync.cuh"
 #include "sm90_shared.cuh"
@@ -124,10 +122,8 @@ __device__ __forceinline__ void load_fragments(const ServerArguments& args, Shar
   }
 }
 
-// Adds the products of the boxes to first and second.
 template <typename T, int N, bool kWide>
-__device__ __forceinline__ void multiply_fragments(const Fragments<N, kWide>& f, float (&first)[N / 2],
-                                                   float (&second)[N / 2]) {
+__device__ __forceinline__ void multiply_fragments(const Fragments<N, kWide>& f, Accumulators<N>& sums) {
 #pragma unroll
   for (u32 k = 0; k < kBoxColumns / 16; ++k)
 #pragma unroll
@@ -135,14 +131,13 @@ __device__ __forceinline__ void multiply_fragments(const Fragments<N, kWide>& f,
 #pragma unroll
       for (u32 box = 0; box < 2; ++box) {
         const u32(&rows)[4] = f.rows[kWide ? box : 0][j][k / 2];
-        mma_16x8x16(T(), box == 0 ? &first[4 * j] : &second[4 * j], f.weights[box][k], rows[k % 2 * 2],
-                    rows[k % 2 * 2 + 1]);
+        mma_16x8x16(T(), &sums[box][4 * j], f.weights[box][k], rows[k % 2 * 2], rows[k % 2 * 2 + 1]);
       }
 }
 
 // The same as multiply() for few rows. While a stage's fragments are on their way the previous ones are multiplied; then the
-// stage, which nobody needs any more, is handed back. kTurns: stages of the two matrices take turns.
-template <typename T, int N, bool kWide, bool kTurns>
+// stage, which nobody needs any more, is handed back. kWide: all is in sums[0] in the end.
+template <typename T, int N, bool kWide>
 __device__ __forceinline__ void multiply_registers(const ServerArguments& args, SharedState& shared, Multiplier& me,
                                                    u32 stages, Accumulators<N>& sums) {
   auto hand_back = [&] {
@@ -150,41 +145,26 @@ __device__ __forceinline__ void multiply_registers(const ServerArguments& args, 
     if (me.lane == 0) barrier_arrive(&shared.empty[part_of(me.position.stage, 1)]);
     me.position.advance(stages_of(N));
   };
-  float beside[2][kTurns ? N / 2 : 1] = {};  // the second box's products, where both boxes are of one matrix
-  auto add = [&](const Fragments<N, kWide>& f, auto turn) {
-    if constexpr (kTurns)
-      multiply_fragments<T, N, kWide>(f, sums[turn.value], beside[turn.value]);
-    else
-      multiply_fragments<T, N, kWide>(f, sums[0], sums[1]);
-  };
-  constexpr std::integral_constant<u32, 0> even_turn{};
-  constexpr std::integral_constant<u32, 1> odd_turn{};
   Fragments<N, kWide> even, odd;
   load_fragments<N, kWide>(args, shared, me, even);
   hand_back();
   for (u32 left = stages - 1;; left -= 2) {
     if (left == 0) {
-      add(even, even_turn);
+      multiply_fragments<T, N, kWide>(even, sums);
       break;
     }
     load_fragments<N, kWide>(args, shared, me, odd);
-    add(even, even_turn);
+    multiply_fragments<T, N, kWide>(even, sums);
     hand_back();
     if (left == 1) {
-      add(odd, odd_turn);
+      multiply_fragments<T, N, kWide>(odd, sums);
       break;
     }
     load_fragments<N, kWide>(args, shared, me, even);
-    add(odd, odd_turn);
+    multiply_fragments<T, N, kWide>(odd, sums);
     hand_back();
   }
-  if constexpr (kTurns) {
-#pragma unroll
-    for (u32 i = 0; i < N / 2; ++i) {
-      sums[0][i] += beside[0][i];
-      sums[1][i] += beside[1][i];
-    }
-  } else if constexpr (kWide) {
+  if constexpr (kWide) {
 #pragma unroll
     for (u32 i = 0; i < N / 2; ++i) {
       sums[0][i] += sums[1][i];

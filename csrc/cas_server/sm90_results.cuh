@@ -33,41 +33,14 @@ __device__ __forceinline__ void store_partial(const ServerArguments& args, const
   if (me.thread == 0) store_release_gpu(partial_flag_of(args, id % 2, phase, blockIdx.x, me.group), id);
 }
 
-#if defined(SIDP_CAS_AHEAD)
-constexpr u32 kAhead = 32;
-#else
-constexpr u32 kAhead = 0;
-#endif
-
-// What the next CTA computed of the tile that this one is about to begin. It is the first that CTA does in a phase, so that it
-// is mostly there already; read now, it is at hand when the tile's beginning has been multiplied.
-template <int N>
-struct NextPartial {
-  float4 sums[N / 4];
-  bool here;
-};
-
-template <int N>
-__device__ __forceinline__ void fetch_partial(const ServerArguments& args, const Multiplier& me, u32 id, u32 phase,
-                                              Phase shape, NextPartial<N>& next) {
-  const u32 cta = blockIdx.x + 1;
-  next.here = share_begin(shape, cta) != share_begin(shape, cta + 1) &&
-              load_acquire_gpu(partial_flag_of(args, id % 2, phase, cta, me.group)) == id;
-  if (!next.here) return;
-  const float4* source = partial_of(args, id % 2, phase, cta) + me.group * 128 + me.thread;
-#pragma unroll
-  for (u32 i = 0; i < N / 4; ++i) next.sums[i] = __ldcg(source + i * 256);
-}
-
 // Adds what the following CTAs computed of this tile, in their order, until its depth is covered.
 template <int N>
 __device__ __forceinline__ void add_partials(const ServerArguments& args, const Multiplier& me, u32 id, u32 phase,
-                                             Phase shape, u32 tile, const NextPartial<N>& next, Accumulators<N>& sums) {
+                                             Phase shape, u32 tile, Accumulators<N>& sums) {
   const u32 tile_end = (tile + 1) * shape.depth;
   for (u32 cta = blockIdx.x + 1; share_begin(shape, cta) < tile_end; ++cta) {
     if (share_begin(shape, cta) == share_begin(shape, cta + 1)) continue;  // more CTAs than stages
-    const bool here = N <= kAhead && cta == blockIdx.x + 1 && next.here;  // this thread's, others may know less
-    if (me.thread == 0 && !here) {
+    if (me.thread == 0) {
       const u32* flag = partial_flag_of(args, id % 2, phase, cta, me.group);
       if (!spin_until([&] { return load_acquire_gpu(flag) == id; }, args.stall_ns))
         fail(args, ServerFault::kPartial, cta);
@@ -76,7 +49,7 @@ __device__ __forceinline__ void add_partials(const ServerArguments& args, const 
     const float4* source = partial_of(args, id % 2, phase, cta) + me.group * 128 + me.thread;
 #pragma unroll
     for (u32 i = 0; i < N / 4; ++i) {
-      const float4 more = here ? next.sums[i] : __ldcg(source + i * 256);
+      const float4 more = __ldcg(source + i * 256);
       float* four = &sums[i / (N / 8)][i % (N / 8) * 4];
       four[0] += more.x;
       four[1] += more.y;

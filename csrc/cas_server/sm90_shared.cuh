@@ -35,15 +35,12 @@ SIDP_HOST_DEVICE constexpr u32 stages_of(u32 width) { return width <= 32 ? 6 : w
 static_assert(stages_of(64) * (kWeightBytes + 64 * 128) <= kRingBytes, "ring");
 static_assert(stages_of(128) * (kWeightBytes + 128 * 128) <= kRingBytes, "ring");
 
-// For few rows a stage is 128 rows x 128 columns, the boxes side by side: 256 bytes in a row of memory where two boxes one
-// below the other have 128. Each box then has its own activations, and both products are of the same rows. Gate and up
-// take turns, stage by stage.
+// For few rows a stage of the second phase is 128 rows x 128 columns, the boxes side by side: 256 bytes in a row of memory
+// where two boxes one below the other have 128. Each box then has its own activations, and both products are of the same rows.
 #if defined(SIDP_CAS_WIDE)
 SIDP_HOST_DEVICE constexpr bool wide_down(u32 width) { return width <= SIDP_CAS_WIDE; }
-SIDP_HOST_DEVICE constexpr bool wide_pairs(u32 width) { return SIDP_CAS_WIDE_PAIRS && width <= SIDP_CAS_WIDE; }
 #else
 SIDP_HOST_DEVICE constexpr bool wide_down(u32) { return false; }
-SIDP_HOST_DEVICE constexpr bool wide_pairs(u32) { return false; }
 #endif
 // Bytes of a stage's activations.
 SIDP_HOST_DEVICE constexpr u32 activation_bytes(u32 width) { return width * kBoxColumns * 2 * (wide_down(width) ? 2 : 1); }
@@ -66,24 +63,21 @@ constexpr u32 kServeSharedBytes = 1024 + kRingBytes + sizeof(SharedState);
 struct Phase {
   u32 tiles;
   u32 depth;
-  u32 grain;  // stages that stay together
 };
 
 SIDP_HOST_DEVICE constexpr u32 ceil_div(u32 a, u32 b) { return (a + b - 1) / b; }
 
 __device__ inline Phase phase_of(const UnitRecord& unit, u32 phase, u32 width) {
   if (phase == 1 && wide_down(width))
-    return Phase{ceil_div(unit.hidden, kBoxRows), ceil_div(unit.intermediate, 2 * kBoxColumns), 1};
-  if (phase == 1) return Phase{ceil_div(unit.hidden, kTileRows), ceil_div(unit.intermediate, kBoxColumns), 1};
-  if (unit.gate_weights != nullptr && wide_pairs(width))
-    return Phase{ceil_div(unit.intermediate, kBoxRows), 2 * ceil_div(unit.hidden, 2 * kBoxColumns), 2};
+    return Phase{ceil_div(unit.hidden, kBoxRows), ceil_div(unit.intermediate, 2 * kBoxColumns)};
+  if (phase == 1) return Phase{ceil_div(unit.hidden, kTileRows), ceil_div(unit.intermediate, kBoxColumns)};
   const u32 rows = unit.gate_weights != nullptr ? kBoxRows : kTileRows;  // intermediate columns of a tile
-  return Phase{ceil_div(unit.intermediate, rows), ceil_div(unit.hidden, kBoxColumns), 1};
+  return Phase{ceil_div(unit.intermediate, rows), ceil_div(unit.hidden, kBoxColumns)};
 }
 
 __device__ inline u32 share_begin(Phase phase, u32 cta) {
-  const u32 all = phase.tiles * (phase.depth / phase.grain);
-  return (all / gridDim.x * cta + all % gridDim.x * cta / gridDim.x) * phase.grain;
+  const u32 all = phase.tiles * phase.depth;
+  return all / gridDim.x * cta + all % gridDim.x * cta / gridDim.x;
 }
 
 #if defined(SIDP_SM90A)
