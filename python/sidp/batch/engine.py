@@ -31,7 +31,7 @@ _PAGE = 32
 _FLASH_ATTN_PAGE = 256  # its kernel for paged caches takes no smaller ones
 _CPU_BATCH_TOKENS, _CUDA_BATCH_TOKENS = 512, 2048  # the latter is enough to be bound by arithmetic
 _CPU_KV_BYTES = 512 << 20  # what is free on a host is not ours to take
-_QUEUED_AHEAD = 8  # requests the engine holds beyond what it runs, so that a step never waits for the board
+_QUEUED_AHEAD = 8  # requests the engine holds beyond what it runs, at least: a step never waits for the board
 _MOST_REQUESTS = 16384
 
 
@@ -95,6 +95,7 @@ class PagedEngine:
         self.output_tokens = 0
         self._batch_tokens = options.batch_tokens or default_batch_tokens(model.device)
         self.request_limit = min(_request_limit(model, options), self._batch_tokens)
+        self._ahead = max(_QUEUED_AHEAD, 2 * self._batch_tokens // max(1, options.mean_cost))  # more than a step takes
         try:
             self._manager = self._make_manager(model)
             self._manager.warmup()  # allocates the cache; captures graphs where the device has them
@@ -143,7 +144,7 @@ class PagedEngine:
         free = self.request_limit - len(self._tickets)
         if self.grouped:
             return free if not self._tickets else 0
-        return min(free, _QUEUED_AHEAD - self._waiting())
+        return min(free, self._ahead - self._waiting())
 
     def submit(self, tickets: list[Ticket]) -> None:
         """Queue requests; in grouped mode all of them start in the same step."""
@@ -214,11 +215,16 @@ class PagedEngine:
 
 
 def _request_limit(model, options: EngineOptions) -> int:
-    """Requests in one batch: what was asked for, else as many of the mean length as the KV cache will hold, about."""
-    if options.max_batch is not None:
+    """Requests in one batch: as many of the mean length as the KV cache holds, and no more than was asked for.
+
+    A fixed group is run whole, in turns where the cache is too small for it.
+    """
+    if options.grouped and options.max_batch is not None:
         return options.max_batch
-    tokens = options.kv_bytes / kv_bytes_per_token(model)
-    return int(min(_MOST_REQUESTS, max(1, tokens / max(1, options.mean_cost))))
+    page = page_tokens(model)
+    pages = options.kv_bytes // (kv_bytes_per_token(model) * page)
+    of_request = -(-options.mean_cost // page) + 1  # the engine is a page ahead of a request
+    return min(options.max_batch or _MOST_REQUESTS, max(1, pages // of_request))
 
 
 def default_kv_bytes() -> int:
