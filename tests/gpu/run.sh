@@ -7,7 +7,7 @@
 #   sanitize   (240 s) memcheck, synccheck, initcheck and racecheck on a small run of the ring
 #   bench      (300 s) bench/was_gpu.py: overlap, slices, host cost
 #   offload    (240 s) bench/was_offload.py: accelerate and FSDP2 beside sidp
-#   profile    (60 s)  sidp bench --json --profile
+#   profile    (160 s) sidp bench --json --profile
 #   tests = single processes cas; without arguments: tests sanitize
 here=$(cd "$(dirname "$0")" && pwd) logs=. failed=0 parts=()
 while [ $# -gt 0 ]; do
@@ -55,7 +55,7 @@ for part in "${parts[@]}"; do
     sanitize) sanitize ;;
     bench) run 290 python3 "$here/../../bench/was_gpu.py" > >(tee "$logs/was_gpu.jsonl") ;;
     offload) run 230 python3 "$here/../../bench/was_offload.py" > >(tee "$logs/was_offload.jsonl") ;;
-    profile) run 60 python3 -m sidp.cli bench --json "$logs/bench.json" --profile "$logs/profile.json" ;;
+    profile) run 155 python3 -m sidp.cli bench --json "$logs/bench.json" --profile "$logs/profile.json" ;;
   esac
 done
 exit $failed
