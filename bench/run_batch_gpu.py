@@ -81,7 +81,7 @@ def one_gpu() -> list[Row]:
 def host_tier() -> list[Row]:
     """One rank. Utilization is set so that weights and cache stand to each other as those of all layers on 80 GB."""
     resident = Row(
-        "32B/24 resident", "32B/24", "Qwen3-32B", 1, False, 512, 64, 16, 25, utilization=0.4, layers=24,
+        "32B/24 resident", "32B/24", "Qwen3-32B", 1, False, 512, 64, 16, 25, utilization=0.36, layers=24,
         max_batch=1024, options=("--max-batched-tokens", "8192"),
     )  # fmt: skip
     tier = replace(
