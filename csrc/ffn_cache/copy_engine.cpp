@@ -65,23 +65,24 @@ void CopyEngine::copy_slice(const CopyOp& op, std::uint64_t row, std::uint64_t r
 
 bool CopyEngine::run(const std::vector<CopyOp>& ops, std::byte* slot, const std::atomic<std::uint64_t>& epoch,
                      std::uint64_t expected) {
+  const auto goes_on = [&] { return epoch.load() == expected && !interrupted_.load(); };
   for (const CopyOp& op : ops) {
     const std::uint64_t rows = op.height == 1 ? 1 : std::max<std::uint64_t>(1, slice_bytes_ / op.width);
     const std::uint64_t span = op.height == 1 ? slice_bytes_ : op.width;
     for (std::uint64_t row = 0; row < op.height; row += rows) {
       for (std::uint64_t begin = 0; begin < op.width; begin += span) {
-        if (epoch.load() != expected) return false;
+        if (!goes_on()) return false;
         const std::uint64_t count = std::min(rows, op.height - row);
         const std::uint64_t bytes = std::min(span, op.width - begin);
         const Clock::time_point done = reserve(op.owner, count * bytes);
         copy_slice(op, row, count, begin, bytes, slot);
         // In short naps, so that a slow link does not keep a stop or a new plan waiting.
-        while (done > Clock::now() && epoch.load() == expected)
+        while (done > Clock::now() && goes_on())
           std::this_thread::sleep_until(std::min(done, Clock::now() + kNap));
       }
     }
   }
-  return epoch.load() == expected;
+  return goes_on();
 }
 
 }  // namespace sidp::cache

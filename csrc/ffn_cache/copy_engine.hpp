@@ -28,9 +28,13 @@ class CopyEngine {
  public:
   CopyEngine(std::vector<Source> sources, int rank, CopyLimits limits);
 
-  // Runs the copies into `slot`. Looks between slices whether `epoch` still is `expected`; false when it gave up.
+  // Runs the copies into `slot`. Looks between slices whether `epoch` still is `expected`; false when it gave up, or was
+  // interrupted.
   bool run(const std::vector<CopyOp>& ops, std::byte* slot, const std::atomic<std::uint64_t>& epoch,
            std::uint64_t expected);
+
+  // While it holds, a run ends at its next slice.
+  void interrupt(bool on) { interrupted_.store(on); }
 
  private:
   using Clock = std::chrono::steady_clock;
@@ -44,6 +48,7 @@ class CopyEngine {
   CopyLimits limits_;
   std::uint64_t slice_bytes_;
   Clock::time_point link_free_at_{};
+  std::atomic<bool> interrupted_{false};
 };
 
 }  // namespace sidp::cache

@@ -29,6 +29,7 @@ Ring::Ring(const Placement& placement, int rank, std::vector<Source> sources, co
            RingOptions options)
     : schedule_(placement, rank, options.slots, options.peak_shifting),
       engine_(std::move(sources), rank, options.limits),
+      rank_(rank),
       dead_rank_(dead_rank),
       poison_(options.poison),
       activity_(options.activity),
@@ -42,9 +43,7 @@ Ring::Ring(const Placement& placement, int rank, std::vector<Source> sources, co
   for (int index = 0; index < schedule_.num_remote(); ++index) {
     const int layer = schedule_.layer(index);
     copies_.push_back(placement.copies(layer, rank));
-    std::uint64_t remote = 0;
-    for (const CopyOp& op : copies_.back()) remote += op.owner == rank ? 0 : op.bytes();
-    remote_bytes_.push_back(remote);
+    remote_bytes_.push_back(remote_bytes(index));
     slot_stride_ = std::max(slot_stride_, align_up(placement.unit(layer).bytes(), kSlotAlignment));
   }
   memory_ = map_memory(bytes());
@@ -76,6 +75,43 @@ void Ring::pause() {
 
 void Ring::resume() {
   if (paused_.load(std::memory_order_relaxed) && paused_.exchange(false)) emptied_.notify();
+}
+
+std::uint64_t Ring::remote_bytes(int index) const {
+  std::uint64_t remote = 0;
+  for (const CopyOp& op : copies_[index]) remote += op.owner == rank_ ? 0 : op.bytes();
+  return remote;
+}
+
+void Ring::move_extents(int from, const std::vector<MovedExtent>& moved) {
+  check_open();
+  engine_.interrupt(true);  // the copy thread lets go of the mutex at its next slice
+  const std::lock_guard<std::mutex> lock(copies_mutex_);
+  engine_.interrupt(false);
+  for (const MovedExtent& move : moved) {
+    const int index = schedule_.remote_index(move.layer);
+    if (index < 0) continue;
+    for (CopyOp& op : copies_[index]) {
+      if (op.owner != from) continue;
+      SIDP_REQUIRE(op.source >= move.was, LayoutError, "layer ", move.layer, " is read at ", op.source,
+                   " of its owner, before its extent at ", move.was);
+      op.source = op.source - move.was + move.now;
+      op.owner = move.to;
+    }
+    remote_bytes_[index] = remote_bytes(index);
+  }
+  for (int index = 0; index < schedule_.num_remote(); ++index)
+    for (const CopyOp& op : copies_[index])
+      SIDP_REQUIRE(op.owner != from, LayoutError, "layer ", schedule_.layer(index), " is still read from rank ", from);
+}
+
+std::vector<int> Ring::owners(int layer) const {
+  const std::lock_guard<std::mutex> lock(copies_mutex_);
+  std::vector<int> found;
+  const int index = schedule_.remote_index(layer);
+  if (index >= 0)
+    for (const CopyOp& op : copies_[index]) found.push_back(op.owner);
+  return found;
 }
 
 void Ring::check_open() const {
@@ -190,7 +226,10 @@ void Ring::copy_loop() {
     }
     if (!wait_released(fetch, epoch)) continue;
     wait_resumed();
-    if (content_[fetch.slot] != fetch.index && !fill(fetch, epoch)) continue;
+    bool there = content_[fetch.slot] == fetch.index;
+    // An interrupted copy is done again, from where the bytes lie now.
+    while (!there && epoch_.load() == epoch && !(there = fill(fetch, epoch))) std::this_thread::yield();
+    if (!there) continue;
     words_[fetch.slot].ready.store(fetch.ticket + 1);
     filled_.notify();
   }
@@ -218,6 +257,7 @@ bool Ring::fill(const Fetch& fetch, std::uint64_t epoch) {
   std::byte* slot = slot_address(fetch.slot);
   const auto begin = Trace::Clock::now();
   content_[fetch.slot] = -1;
+  const std::lock_guard<std::mutex> lock(copies_mutex_);
   if (poison_) std::memset(slot, 0xff, slot_stride_);
   if (!engine_.run(copies_[fetch.index], slot, epoch_, epoch)) return false;
   content_[fetch.slot] = fetch.index;

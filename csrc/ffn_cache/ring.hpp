@@ -30,6 +30,14 @@ struct RingOptions {
   std::uint64_t* activity = nullptr;  // counts uses, for peers that wait for this rank to finish
 };
 
+// A lost owner's extent of `layer` lay at `was` of its extent area; another rank's copy of it lies at `now` of that rank's.
+struct MovedExtent {
+  int layer = 0;
+  int to = 0;
+  std::uint64_t was = 0;
+  std::uint64_t now = 0;
+};
+
 struct RingStats {
   std::uint64_t fetches = 0;
   std::uint64_t fetched_bytes = 0;  // that came from other ranks
@@ -64,6 +72,12 @@ class Ring {
   void pause();
   void resume();
 
+  // Nothing is read from owner `from` any more: its extents are fetched from where `moved` says. What the slots hold
+  // stays; a fetch that is under way begins anew. LayoutError where `moved` leaves one out.
+  void move_extents(int from, const std::vector<MovedExtent>& moved);
+  // The ranks whose memory a fetch of `layer` reads.
+  std::vector<int> owners(int layer) const;
+
   // Ends the copy thread; waiting and later uses throw PoolClosedError. Idempotent.
   void stop();
 
@@ -86,6 +100,7 @@ class Ring {
   bool claim(int index, std::uint64_t& ticket);
   void wait_ready(int layer, int slot, std::uint64_t ticket, double timeout_s);
   void release_slot(int index);
+  std::uint64_t remote_bytes(int index) const;
 
   void copy_loop();
   void wait_resumed();
@@ -93,9 +108,11 @@ class Ring {
   bool fill(const Fetch& fetch, std::uint64_t epoch);
 
   FetchSchedule schedule_;
+  mutable std::mutex copies_mutex_;          // held by the copy thread while it copies
   std::vector<std::vector<CopyOp>> copies_;  // by remote index
   std::vector<std::uint64_t> remote_bytes_;  // by remote index
   CopyEngine engine_;
+  int rank_;
   const std::atomic<int>* dead_rank_;
   ForkGuard guard_;
   bool poison_;

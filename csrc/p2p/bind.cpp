@@ -137,13 +137,40 @@ void bind_watch(py::module_& m) {
       .def("dead_rank", &PeerWatch::dead_rank)
       .def_property_readonly("dead_word", [](const PeerWatch& watch) { return address(&watch.dead_word()); })
       .def("state", [](const PeerWatch& watch, int peer) { return peer_state_name(watch.state(peer)); })
+      .def("lose", &PeerWatch::lose, py::arg("rank"))
+      .def("go_on_without", &PeerWatch::go_on_without, py::arg("peer"))
       .def("check", &PeerWatch::check, py::arg("doing"))
       .def("stop", &PeerWatch::stop, NoGil());
+}
+
+// A 64-bit word in memory that ranks share; `keep` owns the memory.
+struct SharedWord {
+  std::uint64_t* word;
+  py::object keep;
+};
+
+void bind_words(py::module_& m) {
+  py::class_<SharedWord>(m, "SharedWord")
+      .def(py::init([](std::uintptr_t address, py::object keep) {
+             SIDP_REQUIRE(address != 0 && address % 8 == 0, ConfigError, "a shared word at ", address, ": expected a multiple of 8");
+             return SharedWord{reinterpret_cast<std::uint64_t*>(address), std::move(keep)};
+           }),
+           py::arg("address"), py::arg("keep"))
+      .def("load", [](const SharedWord& self) { return load_acquire(self.word); })
+      .def("store", [](const SharedWord& self, std::uint64_t value) { store_release(self.word, value); }, py::arg("value"))
+      // The word's value after it was set to `value` where it was 0.
+      .def("set_once",
+           [](const SharedWord& self, std::uint64_t value) {
+             std::uint64_t there = 0;
+             return compare_exchange(self.word, there, value) ? value : there;
+           },
+           py::arg("value"));
 }
 
 }  // namespace
 
 void bind_p2p(py::module_& m) {
+  bind_words(m);
   bind_process(m);
   bind_descriptors(m);
   bind_arenas(m);

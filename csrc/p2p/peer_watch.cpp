@@ -113,10 +113,34 @@ void PeerWatch::detach() {
 
 PeerState PeerWatch::state(int peer) const { return peer_at(peer).state.load(std::memory_order_acquire); }
 
+void PeerWatch::lose(int rank) {
+  guard_.require("PeerWatch.lose");
+  if (rank == rank_) {
+    dead_.store(rank, std::memory_order_release);
+    return;
+  }
+  Peer& peer = peer_at(rank);
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (!peer.dealt_with) declare_dead(rank, peer);
+}
+
+void PeerWatch::go_on_without(int peer) {
+  guard_.require("PeerWatch.go_on_without");
+  Peer& lost = peer_at(peer);
+  const std::lock_guard<std::mutex> lock(mutex_);
+  lost.dealt_with = true;
+  if (dead_rank() == rank_) return;
+  int next = -1;
+  for (std::size_t i = 0; i < peers_.size(); ++i)
+    if (next < 0 && peers_[i]->state.load() == PeerState::dead && !peers_[i]->dealt_with) next = static_cast<int>(i);
+  dead_.store(next, std::memory_order_release);
+}
+
 void PeerWatch::check(const std::string& doing) const {
   guard_.require("PeerWatch.check");
   const int rank = dead_rank();
   if (rank < 0) return;
+  if (rank == rank_) throw PeerError(rank, detail::concat("this rank (", rank, ") was given up by its group while ", doing));
   std::int64_t pid;
   {
     const std::lock_guard<std::mutex> lock(mutex_);

@@ -49,6 +49,10 @@ class PeerWatch {
   int dead_rank() const noexcept { return dead_.load(std::memory_order_acquire); }
   const std::atomic<int>& dead_word() const noexcept { return dead_; }
   PeerState state(int peer) const;
+  // The group has given `rank` up, whatever its process does: dead from here on. This very rank may be meant.
+  void lose(int rank);
+  // The loss of this peer is dealt with: dead_rank() tells of the next one only.
+  void go_on_without(int peer);
   // PeerError naming the dead rank, "rank 2 (pid 17) died while <doing>", if there is one.
   void check(const std::string& doing) const;
 
@@ -63,6 +67,7 @@ class PeerWatch {
     std::shared_ptr<const ArenaHeader> header;
     std::uint64_t last_heartbeat = 0;
     int still_beats = 0;
+    bool dealt_with = false;
     std::atomic<PeerState> state{PeerState::unknown};
   };
 

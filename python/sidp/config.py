@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .backups import check_redundancy
 from .errors import ConfigError
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "gelu_new", "relu", "relu2")
@@ -161,6 +162,9 @@ class PoolConfig:
         device: where the weights live; None takes the current CUDA device where the build and the machine have one, else
             the CPU.
         force_fetch: fetch the layers of owners on this very GPU too, instead of reading them in place (tests, measurements).
+        redundancy: 1: the group survives the loss of one rank; 0: a death ends it with PeerError. CPU backend.
+        backup: where every unit's second copy is then: "peer" (another rank's memory), "host" (host memory that outlives
+            its process), "file" (the safetensors files, read again after a loss).
         timeout_s: seconds after which a wait gives up with PeerError.
     """
 
@@ -173,6 +177,8 @@ class PoolConfig:
     cas_sms: int | None = _setting("cas_sms", None, _optional_int)
     device: str | torch.device | None = _setting("device", None, str)
     timeout_s: float = _setting("timeout_s", 60.0, float)
+    redundancy: int = _setting("redundancy", 0, int)
+    backup: str = _setting("backup", "peer", str)
     force_fetch: bool = _setting("force_fetch", False, _boolean)
 
     def __post_init__(self):
@@ -180,6 +186,7 @@ class PoolConfig:
             raise ConfigError(f"mode must be one of {', '.join(MODES)}, got {self.mode!r}")
         if self.placement not in PLACEMENTS:
             raise ConfigError(f"placement must be 'layer' or 'striped', got {self.placement!r}")
+        check_redundancy(self.redundancy, self.backup)
         for name, least in (("slots", 1), ("resident_layers", 0), ("cas_sms", 1)):
             value = getattr(self, name)
             if value is None and name != "resident_layers":

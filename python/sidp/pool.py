@@ -10,14 +10,16 @@ import torch
 from . import cas, cas_cpu, cas_cuda, ops, policy, policy_cuda
 from ._native import C
 from .agreement import agree, units_of
+from .backups import BackupPlan
 from .config import FFNSpec, PoolConfig, Unit
 from .control import ControlPlane
 from .dispatch import Dispatch, wants_cas
-from .errors import ConfigError, PoolClosedError, SidpError
+from .errors import ConfigError, PeerError, PoolClosedError, SidpError
 from .memory import host_bytes
 from .shares import Index, Shares, unit_layout, unit_views
 from .slots import choose_slots
 from .stats import PoolStats
+from .survival import Reader, Survival
 from .transport import LocalMemory, ShmTransport
 from .transport_cuda import HostTransport, choose_device, device_bytes, open_gpu_transport
 
@@ -50,6 +52,8 @@ class WeightPool:
         self._on_close: list[Callable[[], None]] = []
         self._ring = None
         self._dispatch: Dispatch | None = None
+        self._survival: Survival | None = None
+        self._reader: Reader | None = None
         try:
             self.units = units_of(specs)
             self._formulas = [unit.formula for unit in self.units]
@@ -99,6 +103,8 @@ class WeightPool:
             raise ConfigError("mode='cas' asks the owners' GPUs, and host_tier=True has none: use 'was' or 'auto'")
         if config.resident_layers > layers:
             raise ConfigError(f"resident_layers={config.resident_layers} is more than the {layers} layers of the pool")
+        if config.redundancy and (self._on_gpu or config.host_tier):
+            raise ConfigError("redundancy=1 is offered on the CPU backend only by this version: use 0 on GPUs")
         pooled = layers - config.resident_layers
         if config.placement == "layer" and config.mode != "local" and world > pooled > 0:
             raise ConfigError(
@@ -173,12 +179,17 @@ class WeightPool:
         if self._host_shares and not self.reason:
             layers = range(self.num_layers)
             return sum(placement.unit(layer).bytes for layer in layers if placement.resident(layer))
-        return placement.arena_bytes(rank)
+        return placement.arena_bytes(rank) + self._plan_backups(placement).kept_bytes(rank)
+
+    def _plan_backups(self, placement) -> BackupPlan:
+        pools = self.config.redundancy and not self.reason
+        return BackupPlan(placement, self.world_size, self.num_layers, self.config.backup if pools else None)
 
     def _open_transport(self):
         if not self.active:
             return LocalMemory(self.placement.arena_bytes(self._plan_rank), self.device)
-        sizes = [self.placement.arena_bytes(rank) for rank in range(self.world_size)]
+        self._backups = self._plan_backups(self.placement)
+        sizes = self._backups.extent_bytes()
         region_bytes = 0 if self._geometry is None else self._geometry.bytes
         if not self._on_gpu:
             return ShmTransport(self._control, sizes, region_bytes)
@@ -231,6 +242,13 @@ class WeightPool:
                 f"load({layer}, ...) after commit(): weights are fixed then; make a new pool for new weights"
             )
 
+    def backup_from(self, reader: Reader) -> None:
+        """With backup="file": ``reader(layer, name, index)`` returns that part of tensor ``name``, in its dtype, when asked
+        after a loss. To be given before commit(), on every rank.
+        """
+        self._check_open()
+        self._reader = reader
+
     # ---- commit -------------------------------------------------------------------------------------------------------
 
     def commit(self) -> None:
@@ -247,7 +265,14 @@ class WeightPool:
                 self._ring = self._make_ring()
                 if self._geometry is not None:
                     self._dispatch = self._start_cas()
+                if self.config.redundancy:
+                    self._survival = Survival(
+                        self._control, self._transport, self.placement, self.units, self._backups, self._reader
+                    )
+                    self._survival.copy_from_peers()
                 self._control.barrier("committed")
+                if self._survival is not None:
+                    self._survival.start(self._ring)
         except SidpError as error:
             self._control.fail(error)
             self._tear_down()
@@ -346,13 +371,22 @@ class WeightPool:
         if not self._committed or self._closed:
             self._check_committed()
         self._check_layer(layer)
-        if self._ring is not None:
+        if self._survival is not None:
+            self._acquire_outliving(layer)
+        elif self._ring is not None:
             self._ring.acquire(layer, self._stream() if self._on_gpu else self.config.timeout_s)
         elif self._on_gpu:
             self._control.watch.check("using the pool")
         self._calls[self._modes[layer]] += 1
         self._last, self._last_mode = layer, self._modes[layer]
         return self._tensors[layer]
+
+    def _acquire_outliving(self, layer: int) -> None:
+        while True:
+            try:
+                return self._ring.acquire(layer, self.config.timeout_s)
+            except PeerError as error:
+                self._survival.outlive(error)
 
     def release(self, layer: int) -> None:
         """Hands the layer's slot back, so that the next fetch into it may start."""
@@ -380,8 +414,15 @@ class WeightPool:
         self._check_layer(layer)
         self._check_committed()
         sends = self._dispatch.takes(layer, x)
+        if sends and self._survival is not None:
+            sends = self._survival.reaches(self.placement.owner(layer))
         try:
             return self._send(layer, x) if sends else self._run_here(layer, own)
+        except PeerError as error:
+            if self._survival is None or not sends:
+                raise
+            self._survival.outlive(error)
+            return self._run_here(layer, own)
         finally:
             self._dispatch.done()
 
@@ -392,7 +433,12 @@ class WeightPool:
             PeerError: a rank died or did not answer in time. PoolClosedError: the pool is closed.
         """
         self._check_committed()
-        self._control.watch.check("using the pool")
+        try:
+            self._control.watch.check("using the pool")
+        except PeerError as error:
+            if self._survival is None:
+                raise
+            self._survival.outlive(error)
         if self._dispatch is not None and self._on_gpu:
             self._dispatch.client.check()
 
@@ -443,6 +489,9 @@ class WeightPool:
             slots=self.slots,
             calls=dict(self._calls),
         )
+        if self._survival is not None:
+            stats.backup_bytes = self._backups.kept_bytes(self.rank)
+            stats.lost_rank, stats.recovery_seconds = self._survival.lost, self._survival.recovery_seconds
         if sum(self._calls.values()):
             stats.last_mode = self._last_mode
             stats.last_mode_reason = self._why(self._last_mode)
@@ -513,6 +562,8 @@ class WeightPool:
         for callback in self._on_close:
             callback()
         self._on_close.clear()
+        if self._survival is not None:
+            self._survival.stop()
         self._stop_serving()
         if self._ring is not None:
             self._ring.stop()

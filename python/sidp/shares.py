@@ -137,6 +137,17 @@ class Shares:
             raise ConfigError(f"'{name}' of layer {layer} was loaded already: load each layer once")
 
 
+def pieces_of(unit: Unit, extent) -> list[tuple[str, Index, tuple[int, ...], torch.dtype, int]]:
+    """(tensor, index range, shape, dtype, offset in the extent) of every piece of an extent of ``unit``."""
+    found = []
+    for piece in extent.pieces:
+        spec = unit.tensors[piece.tensor]
+        index = _index(piece, spec)
+        shape = tuple(part.stop - part.start for part in index) + spec.shape[len(index) :]
+        found.append((spec.name, index, shape, spec.dtype, piece.offset))
+    return found
+
+
 def unit_views(unit: Unit, pieces, memory: torch.Tensor, base: int) -> dict[str, torch.Tensor]:
     """Views of a whole unit (one piece a tensor, in order) that begins at ``base`` of ``memory``."""
     return {

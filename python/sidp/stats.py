@@ -28,6 +28,8 @@ class PoolStats:
         relaunches: (CUDA) launches of the serving kernel that have ended.
         mode_switches: times mode="auto" changed between WaS and CaS.
         repairs: (CUDA) slots that a kernel had to fill itself, after graphs and eager calls had mixed.
+        backup_bytes: bytes of other ranks' units that this rank keeps in case one is lost; counted in ``owned_bytes``.
+        lost_rank: the rank that the group goes on without, -1 for none. recovery_seconds: how long that took here.
         calls: FFN calls by mode ("local", "was", "cas").
         last_mode, last_mode_reason: the mode of the newest call, and why it was taken.
     """
@@ -62,6 +64,9 @@ class PoolStats:
     server_busy_seconds: float = 0.0
     relaunches: int = 0
     mode_switches: int = 0
+    backup_bytes: int = 0
+    lost_rank: int = -1
+    recovery_seconds: float = 0.0
     calls: dict[str, int] = field(default_factory=dict)
     last_mode: str = ""
     last_mode_reason: str = ""

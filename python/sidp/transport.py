@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 # First page of the mailbox area: the word by which readers of a capped owner take turns (see docs/protocol.md).
 _EGRESS_BYTES = 4096
+# Further words of that page, for a group that survives a loss (docs/protocol_survival.md).
+_VERDICT_AT, _FILLED_AT = 128, 256
 _POLL_S = 0.005
 
 
@@ -125,6 +127,24 @@ class ShmTransport:
     @property
     def pool_id(self) -> int:
         return int.from_bytes(self._control.token[:8], "little")
+
+    def extents_of(self, rank: int) -> torch.Tensor:
+        """That rank's extent area as it is mapped here; a peer's may only be read."""
+        return host_bytes(self._owners()[rank].extents, self._extent_bytes[rank], self._owners()[rank])
+
+    def verdict_word(self):
+        """The one word by which the group agrees on a lost rank. It outlives every process that has not mapped it last."""
+        return C.SharedWord(self._owners()[0].mailboxes + _VERDICT_AT, self._owners()[0])
+
+    def filled_word(self, rank: int):
+        """What ``rank`` says of the backups that it restored."""
+        return C.SharedWord(self._owners()[rank].mailboxes + _FILLED_AT, self._owners()[rank])
+
+    def takes_part(self, rank: int) -> bool:
+        """Whether ``rank`` lives and has neither closed nor failed."""
+        if rank == self._control.rank:
+            return True
+        return self._mappings[rank].phase not in ("closed", "failed") and self._control.watch.state(rank) != "dead"
 
     def _owners(self) -> list:
         own = self._control.rank
