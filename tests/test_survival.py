@@ -221,7 +221,7 @@ def test_every_extent_has_one_copy_elsewhere_and_they_are_spread(kind, world):
     from sidp._native import C
     from sidp.shares import unit_layout
 
-    layers = 4 * world
+    layers = 2 * world * (world - 1)
     placement = C.Placement(kind, [unit_layout(SPEC.unit())] * layers, world, 0)
     plan = BackupPlan(placement, world, layers, "peer")
     held = {(place.layer, place.owner): place for place in plan.places}

@@ -124,6 +124,14 @@ class ControlPlane:
             if not self._store.check(["failure"]):  # the first cause stays
                 self._store.set("failure", json.dumps(notice).encode())
 
+    def first_cause(self, error: SidpError) -> SidpError:
+        """What another rank has published, of which ``error`` may be a mere consequence here; else ``error``."""
+        if self._store is not None and self._failure is None and not self._published:
+            with contextlib.suppress(StoreLost):
+                if self._store.check(["failure"]):
+                    return _parse_failure(self._store.get("failure"), self.world_size)
+        return error
+
     def require_one_host(self) -> None:
         """ConfigError where the group spans hosts or users: shared memory and pids reach neither."""
         require_one_host(self.identities)

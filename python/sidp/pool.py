@@ -274,9 +274,10 @@ class WeightPool:
                 if self._survival is not None:
                     self._survival.start(self._ring)
         except SidpError as error:
+            cause = self._control.first_cause(error)
             self._control.fail(error)
             self._tear_down()
-            raise
+            raise cause from (error.__cause__ if cause is error else error)
         self._tensors = [self._views(layer) for layer in range(self.num_layers)]
         self._modes = ["local" if self._is_local(layer) else "was" for layer in range(self.num_layers)]
         self._committed = True
@@ -569,7 +570,7 @@ class WeightPool:
             self._ring.stop()
         self._tensors = []
         self._shares.memory = None
-        self._ring = self._dispatch = None
+        self._ring = self._dispatch = self._reader = None
         self._transport.close()
         self._control.close()
 

@@ -141,6 +141,23 @@ def test_a_rank_killed_in_the_middle(tmp_path, words):
     assert len(answers(output)) == 24 and json.loads(ran.stdout)["requests"]["done_before"] == len(there) - 1
 
 
+def test_a_pool_with_backups_loses_no_request(tmp_path):
+    victim = 0  # the first of the group, which an agreement through its store would need
+    source, output = write_input(tmp_path, 24, ignore_eos=True), tmp_path / "out"
+    # An explicit number of slots: two ranks with backups keep everything, and would not pool by themselves.
+    words = ["--mode", "was", "--slots", "1", "--redundancy", "1", "--group-size", 1]
+    with started("-i", source, "-o", output, *words) as process:
+        wait_for_lines(output, 4, process)
+        os.kill(ranks_of(process)[victim], signal.SIGKILL)
+        stdout, stderr = process.communicate(timeout=DEADLINE_S)
+    summary = json.loads(stdout)
+    assert list(summary["failed_ranks"]) == [str(victim)] and process.returncode == 1, stderr
+    assert summary["pool_active"] and "goes on without it" in stderr
+    assert summary["requests"]["unanswered"] == 0 and summary["requests"]["failed"] == 0
+    ran = run("-i", source, "-o", tmp_path / "whole", "--no-pool", "--group-size", 1)
+    assert ran.returncode == 0 and answers(output) == answers(tmp_path / "whole")
+
+
 def test_an_interrupt_leaves_whole_lines_and_says_how_to_go_on(tmp_path):
     source, output = write_input(tmp_path, 24), tmp_path / "out"
     with started("-i", source, "-o", output, "--group-size", 1, "--metrics-port", 0) as process:

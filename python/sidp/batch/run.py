@@ -166,9 +166,9 @@ def _watched(job: Job, options: Options) -> Iterator[Board]:
 
 
 def _launch(job: Job, options: Options) -> dict[int, str]:
-    """Start the ranks; {rank: reason} of those that failed. Pooled ranks fail together, replicated ones do not."""
+    """Start the ranks; {rank: reason} of those that failed. Pooled ranks without backups fail together, others do not."""
     try:
-        results = launch(serve, options.ranks, (job,), survivors=not job.pooled)
+        results = launch(serve, options.ranks, (job,), survivors=job.survives)
     except RankFailed as error:
         return {error.rank: error.reason}
     return {result.rank: result.reason for result in results if isinstance(result, RankFailed)}

@@ -10,6 +10,7 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..config import PoolConfig
 from .queue import Board
 from .records import BadRow, Request
 from .responses import Answer, error_line, success_line
@@ -46,6 +47,11 @@ class Job:
     samples: bool
     filters: bool
     mean_cost: int
+
+    @property
+    def survives(self) -> bool:
+        """Whether ranks go on when another one dies."""
+        return not self.pooled or PoolConfig(**self.pool_config).redundancy > 0
 
     def to_json(self) -> bytes:
         return json.dumps(asdict(self)).encode()
@@ -162,13 +168,13 @@ class _Loop:
     def _nothing_left(self) -> bool:
         """True once this rank can end: in a pooled run when nothing is free, else when everything is answered.
 
-        Without a pool a rank outlives its peers, so it waits for their requests in case they die. With one, their
-        death is the end of this rank as well, which the pool reports.
+        A rank that outlives its peers waits for their requests in case they die. Without backups their death is the end
+        of this rank as well, which the pool reports.
         """
         counts = self.board.counts()
         if counts["free"]:
             return False
-        if self.pool is not None and self.pool.active:
+        if self.pool is not None and self.pool.active and not self.job.survives:
             return True
         if not counts["taken"]:
             return True

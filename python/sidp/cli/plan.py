@@ -30,6 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--placement", choices=("layer", "striped"), help="plan this placement (default: both)")
     parser.add_argument("--slots", type=positive, metavar="N", help="ring slots (default: what sidp would choose)")
     parser.add_argument(
+        "--backup",
+        choices=("peer", "host", "file"),
+        help="count a second copy of every unit, so that the group survives a loss (default: none)",
+    )
+    parser.add_argument(
         "--seq",
         type=positive,
         default=1024,
@@ -87,6 +92,7 @@ def run(args: argparse.Namespace) -> int:
         utilization=args.utilization,
         batched_tokens=args.batched_tokens,
         reserve_bytes=int(args.reserve_gib * 2**30),
+        backup=args.backup,
     )
     plan = make_plan(deployment, args.placement, args.slots)
     if args.plot:

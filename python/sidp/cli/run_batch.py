@@ -99,6 +99,15 @@ def _pool(group) -> None:
     group.add_argument("--placement", choices=("layer", "striped"), help="default: layer")
     group.add_argument("--slots", type=positive, metavar="N", help="slots of the ring (default: sidp chooses)")
     group.add_argument("--host-tier", action="store_true", help="FFN weights lie in pinned host memory (CUDA)")
+    group.add_argument(
+        "--redundancy",
+        type=int,
+        choices=(0, 1),
+        help="1: go on when a rank is lost, and answer its requests (default: 0)",
+    )
+    group.add_argument(
+        "--backup", choices=("peer", "host", "file"), help="where second copies are then (default: peer)"
+    )
     group.add_argument("--resident-layers", type=int, metavar="N", help="layers that every rank keeps (default: 0)")
 
 
@@ -159,7 +168,7 @@ def _options(args: argparse.Namespace, batch):
         model = ModelSource(args.model, _known(args.model))
     else:
         model = resolve(args.model, lambda line: print(line, file=sys.stderr, flush=True))
-    names = ("mode", "placement", "slots", "resident_layers")
+    names = ("mode", "placement", "slots", "resident_layers", "redundancy", "backup")
     return batch.Options(
         input=args.input,
         output=args.output,

@@ -56,6 +56,7 @@ def from_pretrained(
         pool = on_error.enter_context(WeightPool([f.unit for f in loader.ffns], group=group, config=config))
         loader.load_share(pool)
         loader.checkpoint.close()
+        pool.backup_from(loader.read_again)
         pool.commit()
         _to_device_of(model, pool)
         install(model, pool, loader.ffns)
@@ -120,6 +121,13 @@ class _Loader:
                     pool.load_slice(layer, spec.name, index, self.checkpoint.read(key, index).to(spec.dtype))
             if pool.owns(layer):
                 release_host_memory()  # malloc would keep some of the parts just read
+
+    def read_again(self, layer: int, name: str, index: tuple[slice, ...]) -> torch.Tensor:
+        """A part of an FFN's tensor from its file, long after loading: a rank was lost."""
+        ffn = self.ffns[layer]
+        spec = next(spec for spec in ffn.unit.tensors if spec.name == name)
+        with contextlib.closing(Checkpoint(self.folder)) as checkpoint:
+            return checkpoint.read(self._key_of[f"{ffn.path}.{name}"], index).to(spec.dtype)
 
     def _strip(self, model: nn.Module) -> None:
         """Runs on the meta skeleton: find the FFNs, check their tensors in the files, make them absent."""

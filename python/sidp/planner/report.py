@@ -44,6 +44,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
             "prompt": d.prompt_tokens,
             "utilization": d.utilization,
             "batched_tokens": d.batched_tokens,
+            "backup": d.backup,
         },
         "options": [_option(plan, option) for option in plan.options],
         "advised": plan.best.name,
@@ -77,6 +78,8 @@ def _option(plan: Plan, option: Option) -> dict[str, Any]:
     if memory.active:
         clock = option.clock
         found |= {
+            "backup_bytes": memory.backup_bytes[rank],
+            "backup_host_bytes": memory.backup_host_bytes,
             "fetch_layer_s": clock.fetch_of_a_layer(),
             "fetch_iteration_s": max(memory.fetched_bytes) / plan.deployment.gpu.link_bytes_per_s,
             "hidden_rows": clock.hidden_rows(),
@@ -141,6 +144,10 @@ def _capacity_table(plan: Plan):
 
     row("weights without FFN", gigabytes(lambda m, r: m.other_bytes))
     row("FFN weights", gigabytes(lambda m, r: m.ffn_bytes[r]))
+    if plan.deployment.backup == "peer":
+        row("  of it backups", gigabytes(lambda m, r: m.backup_bytes[r] if m.active else 0))
+    if plan.deployment.backup == "host":
+        row("  backups in host memory", gigabytes(lambda m, r: m.backup_host_bytes))
     row("ring", gigabytes(lambda m, r: m.ring_bytes[r]))
     row("activations, reserve", gigabytes(lambda m, r: m.activation_bytes + m.reserve_bytes))
     row("KV cache", lambda o: gigabytes(lambda m, r: m.kv_bytes(r))(o) if o.memory.fits else "does not fit")

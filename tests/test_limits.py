@@ -1,0 +1,94 @@
+"""What a machine or its user may do to a rank: few descriptors, signals in every phase. A reason, an exit code, nothing left."""
+
+import os
+import resource
+import signal
+import time
+
+import pytest
+import torch
+
+from launch import start
+from sidp import FFNSpec, PoolConfig, SidpError, WeightPool, ffn_forward
+
+SPEC = FFNSpec(32, 96, dtype=torch.float32)
+LAYERS = 6
+SEEN_WITHIN_S = 5.0
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_in_shared_memory():
+    before = set(os.listdir("/dev/shm"))
+    yield
+    assert {name for name in set(os.listdir("/dev/shm")) - before if "sidp" in name} == set()
+
+
+def load_all(pool):
+    generator = torch.Generator().manual_seed(0)
+    for layer in range(LAYERS):
+        pool.load(layer, {t.name: torch.randn(t.shape, generator=generator) for t in SPEC.unit().tensors})
+
+
+def body_few_descriptors(ctx, free):
+    ffn_forward_once(WeightPool([SPEC] * LAYERS))  # whatever a first pool imports and opens for good
+    if ctx.rank == 1:
+        highest = max(map(int, os.listdir("/proc/self/fd")))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (highest + free, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    try:
+        ffn_forward_once(WeightPool([SPEC] * LAYERS, config=PoolConfig(timeout_s=10, slots=2)))
+    except SidpError as error:
+        return str(error)
+    return "worked"
+
+
+def ffn_forward_once(pool):
+    with pool:
+        load_all(pool)
+        pool.commit()
+        ffn_forward(torch.ones(1, 32), pool, 1)
+
+
+@pytest.mark.parametrize("free", [1, 3, 5, 40])
+def test_few_descriptors_are_named_on_every_rank(free):
+    with start(body_few_descriptors, 2, free) as ranks:
+        outcomes = ranks.join()
+    for outcome in outcomes:
+        assert not outcome.error, outcome
+        assert outcome.value == "worked" or "Too many open files" in outcome.value, outcome.value
+    assert (outcomes[0].value == "worked") == (outcomes[1].value == "worked")
+    assert outcomes[0].value == "worked" or free < 40
+
+
+def body_is_signalled(ctx, phase, victim):
+    def stay(at):
+        if phase == at and ctx.rank == victim:
+            ctx.say("here")
+            time.sleep(60)
+
+    try:
+        with WeightPool([SPEC] * LAYERS, config=PoolConfig(timeout_s=30, slots=2)) as pool:
+            stay("loading")
+            load_all(pool)
+            stay("before commit")
+            pool.commit()
+            for use in range(1_000_000):
+                stay("in use")
+                ffn_forward(torch.ones(1, 32), pool, use % LAYERS)
+    except SidpError as error:
+        return str(error), time.monotonic()
+
+
+@pytest.mark.parametrize("phase", ["loading", "before commit", "in use"])
+@pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_one_rank_and_the_others_say_why(phase, sig):
+    victim = 1
+    with start(body_is_signalled, 3, phase, victim) as ranks:
+        ranks.wait_for("here", [victim])
+        time.sleep(0.2)
+        ranks.kill(victim, sig)
+        sent = time.monotonic()
+        outcomes = ranks.join()
+    assert outcomes[victim].exitcode not in (0, None)
+    for rank in (0, 2):
+        message, seen = outcomes[rank].value
+        assert f"rank {victim}" in message and seen - sent < SEEN_WITHIN_S, outcomes[rank]
