@@ -89,6 +89,7 @@ void CudaCas::forward_here(std::uint32_t layer, const void* x, void* y, std::uin
 // At most `slots` pieces are in flight: a push beyond that would wait for a result that is only waited for behind it.
 void CudaCas::run(std::uint32_t layer, const Target& target, const void* x, void* y, std::uint64_t rows, cudaStream_t stream) {
   const DeviceGuard guard(options_.device);
+  server_->keep_queued();
   if (options_.activity != nullptr) store_relaxed(options_.activity, ++calls_);
   const std::uint64_t pitch = std::uint64_t(options_.hidden) * 2, piece = options_.geometry.max_rows;
   const std::uint64_t pieces = (rows + piece - 1) / piece, ahead = options_.geometry.slots;

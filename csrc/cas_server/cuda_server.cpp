@@ -179,6 +179,7 @@ void CudaServer::start() {
     SIDP_CUDA_CHECK(cudaMemcpy(unit_memory_.as<void>(), units_.data(), sizeof(UnitRecord) * units_.size(),
                                cudaMemcpyHostToDevice));
   SIDP_CUDA_CHECK(cudaDeviceSynchronize());  // the zeroed workspace too; the stream waits for no other
+  queued_ = __atomic_load_n(&host_memory_.as<ServerHostWords>()->ended, __ATOMIC_ACQUIRE);
   stopping_ = false;
   __atomic_store_n(&host_memory_.as<ServerHostWords>()->stop, 0u, __ATOMIC_RELEASE);
   thread_ = std::thread([this] { serve_until_stopped(); });
@@ -235,15 +236,13 @@ void CudaServer::serve_until_stopped() {
     cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;  // others may be capturing while we launch
     SIDP_CUDA_CHECK(cudaThreadExchangeStreamCaptureMode(&mode));
     Progress progress(host_memory_.as<ServerHostWords>(), config_.watch_ms, config_.late_ms);
-    std::uint64_t queued = progress.ended();
     while (!stopping_) {
       if (config_.each_turn) config_.each_turn();
-      const std::uint64_t ended = progress.ended();
-      while (queued < ended + kQueuedTurns) launch_turn(++queued);
+      keep_queued();
       if (progress.late(Clock::now())) {
+        const std::lock_guard<std::mutex> lock(launching_);
         stream_ = (stream_ + 1) % streams_.size();
-        for (std::uint64_t turn = ended + 1; turn <= queued; ++turn) launch_turn(turn);
-        SIDP_CUDA_CHECK(cudaGetLastError());
+        for (std::uint64_t turn = progress.ended() + 1; turn <= queued_; ++turn) launch_turn(turn);
       }
       std::this_thread::sleep_for(kLook);
     }
@@ -252,6 +251,12 @@ void CudaServer::serve_until_stopped() {
     failure_ = error.what();
     failed_.store(true, std::memory_order_release);
   }
+}
+
+void CudaServer::keep_queued() {
+  const auto* host = host_memory_.as<ServerHostWords>();
+  const std::lock_guard<std::mutex> lock(launching_);
+  while (!stopping_ && queued_ < __atomic_load_n(&host->ended, __ATOMIC_ACQUIRE) + kQueuedTurns) launch_turn(++queued_);
 }
 
 void CudaServer::launch_turn(std::uint64_t turn) {

@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cstdint>
 #include <functional>
+#include <mutex>
 #include <string>
 #include <thread>
 #include <vector>
@@ -28,7 +29,7 @@ struct CudaServerConfig {
   std::uint32_t rank = 0;
   double idle_ms = 1.0;    // the serving kernel ends when nothing came for so long
   double run_ms = 20.0;    // ... and after so long in any case
-  double watch_ms = 5.0;   // life of the one-warp kernel that waits in between
+  double watch_ms = 20.0;  // life of the one-warp kernel that waits in between; each end takes `sms` SMs for a moment
   double late_ms = 2.0;    // a launch that has not begun so long after its turn came is repeated on another stream
   double stall_s = 20.0;   // a wait inside the kernel that takes longer is a fault
   bool plain = false;      // the path for sm_80 even where sm_90a would run
@@ -64,6 +65,9 @@ class CudaServer {
   // Before start(). Throws LayoutError where the path in use cannot serve the shape.
   void register_unit(std::uint32_t layer, const UnitPointers& pointers, const UnitShape& shape);
   void start();
+  // Makes sure that the next turns are queued. Called before a request is enqueued: the launching thread may be kept from it by
+  // whoever holds the driver's locks.
+  void keep_queued();
   // Returns once no kernel of this server runs; what was elected is answered, what was not stays in its slot.
   void stop();
   void retire(std::uint32_t requester);  // a requester that died or left
@@ -90,8 +94,10 @@ class CudaServer {
   std::array<cudaStream_t, 8> streams_ = {};
   std::size_t stream_ = 0;      // the one that launches go to now
   std::uint64_t launches_ = 0;  // numbers of launches given away
+  std::uint64_t queued_ = 0;    // the last turn that was launched
+  std::mutex launching_;        // guards the three
   std::thread thread_;
-  std::atomic<bool> stopping_{false};
+  std::atomic<bool> stopping_{true};
   std::atomic<bool> failed_{false};
   std::string failure_;  // written before failed_ is set
 };

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Sequence
 
 import torch
@@ -9,17 +11,33 @@ import torch
 from . import cas, policy
 from .config import PoolConfig, Unit
 
+logger = logging.getLogger(__name__)
+
 
 def wants_cas(config: PoolConfig, units: Sequence[Unit], world_size: int, cuda: bool) -> bool:
     """Whether a rank with this config asks for CaS. ConfigError where it does and no layer can be served."""
     if config.mode == "cas":
         cas.geometry(units, max(1, world_size), config.placement == "striped", cuda)
+        if cuda and loads_lazily():
+            logger.warning(
+                "sidp: mode='cas' with lazily loaded kernels: the first use of a kernel may wait for the timeout; start the ranks "
+                "with CUDA_MODULE_LOADING=EAGER"
+            )
         return True
     if config.mode != "auto":
         return False
     if cuda:  # there a link is always the narrower way for few rows
-        return not config.host_tier and any(cas.reachable(units, cuda=True))
+        return not config.host_tier and not loads_lazily() and any(cas.reachable(units, cuda=True))
     return policy.auto_may_use_cas(units)
+
+
+def loads_lazily() -> bool:
+    """Whether CUDA loads a kernel at its first use.
+
+    Loading waits for the kernels that run, holding the driver's lock, while what runs may wait for a server that needs that lock to be
+    launched: with CaS the first use of a kernel can then stand still until the timeout.
+    """
+    return os.environ.get("CUDA_MODULE_LOADING", "LAZY").upper() != "EAGER"
 
 
 class Dispatch:
