@@ -167,6 +167,7 @@ void bind_policy(py::module_& m) {
       .def("best_is_cas", [](const ModePolicy& p, double rows) { return p.best(rows) == Mode::cas; }, py::arg("rows"))
       .def("set_link", &ModePolicy::set_link)
       .def("set_fused_factor", &ModePolicy::set_fused_factor)
+      .def_property_readonly("model", &ModePolicy::model)
       .def_property_readonly("mode", [](const ModePolicy& p) { return mode_name(p.mode()); })
       .def_property_readonly("iterations", &ModePolicy::iterations)
       .def_property_readonly("switches", &ModePolicy::switches)
