@@ -77,6 +77,7 @@ def by_fsdp2(model):
     for layer in model.model.layers:
         layer.mlp.to("cpu")
         fully_shard(layer.mlp, offload_policy=CPUOffloadPolicy(pin_memory=True), reshard_after_forward=True)
+    fully_shard(model, reshard_after_forward=False)  # the root, without which no module is fetched ahead of another
     return dist.destroy_process_group
 
 
@@ -122,27 +123,34 @@ def main():
         model = build(args)
         try:
             undo = WAYS[way](model)
-        except Exception as error:  # the comparison goes on without this way, and says why
-            report(what=way, waived=f"{type(error).__name__}: {error}")
-            continue
-        gc.collect()
-        torch.cuda.empty_cache()
-        free, total = torch.cuda.mem_get_info()
-        with torch.no_grad():
+            gc.collect()
+            torch.cuda.empty_cache()
             for rows, ids in batches.items():
-                ms, logits = measure(model, ids, args.repeats)
-                right.setdefault(rows, logits.clone())
-                ours.setdefault(rows, ms) if way == "sidp" else None
-                same = torch.equal(logits, right[rows])
-                if way == "sidp" and not same:
-                    raise SystemExit("sidp's logits are not the unpooled model's: timings would mean nothing")
-                ratio = {"over_sidp": ms / ours[rows]} if rows in ours else {}
-                report(what=way, rows=rows, ms=ms, equal_to_first=same, gpu_gb_before=(total - free) / 1e9,
-                       peak_torch_gb=torch.cuda.max_memory_allocated() / 1e9, **ratio)  # fmt: skip
-                torch.cuda.reset_peak_memory_stats()
-        del logits
+                report(what=way, rows=rows, **forward_of(model, ids, args.repeats, way, right, ours))
+        except (RuntimeError, ValueError, TypeError, ImportError, AttributeError) as error:
+            if way in ("unpooled", "sidp"):
+                raise
+            report(what=way, waived=f"{type(error).__name__}: {error}")  # the comparison goes on without this way
+            continue
         undo()
         del model, undo
+
+
+def forward_of(model, ids, repeats, way, right, ours):
+    """Figures of one batch; `right` and `ours` keep the unpooled logits and sidp's times by rows."""
+    rows = ids.shape[1]
+    torch.cuda.reset_peak_memory_stats()
+    free, total = torch.cuda.mem_get_info()
+    with torch.no_grad():
+        ms, logits = measure(model, ids, repeats)
+    same = torch.equal(logits, right.setdefault(rows, logits))
+    if way == "sidp":
+        ours[rows] = ms
+        if not same:
+            raise SystemExit("sidp's logits are not the unpooled model's: timings would mean nothing")
+    ratio = {"over_sidp": ms / ours[rows]} if rows in ours else {}
+    gigabytes = {"gpu_gb_before": (total - free) / 1e9, "peak_torch_gb": torch.cuda.max_memory_allocated() / 1e9}
+    return {"ms": ms, "equal_to_first": same, **gigabytes, **ratio}
 
 
 if __name__ == "__main__":
