@@ -29,10 +29,15 @@ std::unique_ptr<CudaRing> make_ring(const Placement& placement, int rank, const 
                                     std::uintptr_t dead_rank, int device, int slots, bool peak_shifting,
                                     const std::vector<bool>& local, const std::string& hand_over, std::uint64_t slice_bytes,
                                     double timeout_s, bool poison, bool own_is_remote, std::uintptr_t activity,
-                                    std::uintptr_t device_activity, const py::object&) {
+                                    std::uintptr_t device_activity, const py::object&, const std::vector<std::uint64_t>& cuts,
+                                    const std::vector<std::uintptr_t>& host_sources) {
   std::vector<const std::uint8_t*> owners;
   for (const std::uintptr_t source : sources) owners.push_back(reinterpret_cast<const std::uint8_t*>(source));
+  SIDP_REQUIRE(cuts.size() == host_sources.size() && (cuts.empty() || cuts.size() == sources.size()), ConfigError, cuts.size(),
+               " cuts and ", host_sources.size(), " host parts for ", sources.size(), " owners");
   CudaRingOptions options;
+  options.cuts = cuts;
+  for (const std::uintptr_t source : host_sources) options.host_sources.push_back(reinterpret_cast<const std::uint8_t*>(source));
   options.device = device;
   options.slots = slots;
   options.peak_shifting = peak_shifting;
@@ -74,7 +79,8 @@ void bind_cuda_ring(py::module_& m) {
            py::arg("device"), py::arg("slots"), py::arg("peak_shifting") = true, py::arg("local") = std::vector<bool>(),
            py::arg("hand_over") = "events", py::arg("slice_bytes") = 0, py::arg("timeout_s") = 60.0,
            py::arg("poison") = false, py::arg("own_is_remote") = false, py::arg("activity") = 0,
-           py::arg("device_activity") = 0, py::arg("keep") = py::none(), py::keep_alive<1, 17>())  // `keep`: whatever owns the memory behind the addresses
+           py::arg("device_activity") = 0, py::arg("keep") = py::none(), py::arg("cuts") = std::vector<std::uint64_t>(),
+           py::arg("host_sources") = std::vector<std::uintptr_t>(), py::keep_alive<1, 17>())  // `keep`: whatever owns the memory behind the addresses
       .def("acquire", [](CudaRing& ring, int layer, std::uintptr_t stream) { ring.acquire(layer, stream_of(stream)); },
            py::arg("layer"), py::arg("stream"))
       .def("release", [](CudaRing& ring, int layer, std::uintptr_t stream) { ring.release(layer, stream_of(stream)); },

@@ -83,10 +83,14 @@ void CudaRing::lay_out(const Placement& placement, int rank, const std::vector<c
     std::uint64_t remote = 0, total = 0;
     for (const CopyOp& op : placement.copies(layer, rank, true)) {
       total += op.bytes();
-      const DeviceCopy copy{sources.at(op.owner) + op.source, op.target, op.width, op.height, op.source_pitch, op.target_pitch};
+      // No extent lies on both sides of its owner's cut.
+      const bool spilled = !options_.cuts.empty() && op.source >= options_.cuts.at(op.owner);
+      const std::uint8_t* source = spilled ? options_.host_sources.at(op.owner) + (op.source - options_.cuts[op.owner])
+                                           : sources.at(op.owner) + op.source;
+      const DeviceCopy copy{source, op.target, op.width, op.height, op.source_pitch, op.target_pitch};
       table.push_back(copy);
       add_slices(slices, copy, options_.slice_bytes);
-      if (op.owner != rank || options_.own_is_remote) remote += op.bytes();
+      if (op.owner != rank || options_.own_is_remote || spilled) remote += op.bytes();
     }
     std::uint64_t needed = 0;
     for (const TensorLayout& tensor : placement.unit(layer).tensors()) needed += tensor.bytes();

@@ -36,6 +36,8 @@ struct CudaRingOptions {
   std::uint64_t slice_bytes = 0;  // 0: a copy is not cut
   double timeout_s = 60;
   bool poison = false;
+  std::vector<const std::uint8_t*> host_sources;  // by owner: the part of its extents that lies in host memory, or empty
+  std::vector<std::uint64_t> cuts;                // by owner: where that part begins
   bool own_is_remote = false;                // fetches from this rank's own arena count too (host tier)
   std::uint64_t* activity = nullptr;         // counts uses, for peers that wait for this rank to finish
   std::uint64_t* device_activity = nullptr;  // the same word as kernels see it, or null

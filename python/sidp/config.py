@@ -156,7 +156,7 @@ class PoolConfig:
         placement: "layer" (a layer has one owner) or "striped" (every owner holds 1/D of every layer).
         slots: ring slots a rank fetches into; None picks the fewest that hide the fetches.
         resident_layers: layers, spread evenly, that every rank keeps whole.
-        host_tier: let pinned host memory own units too (CUDA).
+        host_tier: let pinned host memory own units too (CUDA): all of them, or what ``device_bytes`` does not hold.
         peak_shifting: walk each cycle of D layers from the rank's own offset, so that no owner feeds two ranks at once.
         cas_sms: SMs of the CaS server (CUDA); None takes the measured default.
         device: where the weights live; None takes the current CUDA device where the build and the machine have one, else
@@ -166,6 +166,8 @@ class PoolConfig:
         backup: where every unit's second copy is then: "peer" (another rank's memory), "host" (host memory that outlives
             its process), "file" (the safetensors files, read again after a loss).
         timeout_s: seconds after which a wait gives up with PeerError.
+        device_bytes: with host_tier, bytes of every rank's share that stay in its device memory, where peers fetch them;
+            None keeps nothing there.
     """
 
     mode: str = _setting("mode", "auto", str)
@@ -180,6 +182,7 @@ class PoolConfig:
     redundancy: int = _setting("redundancy", 0, int)
     backup: str = _setting("backup", "peer", str)
     force_fetch: bool = _setting("force_fetch", False, _boolean)
+    device_bytes: int | None = _setting("device_bytes", None, _optional_int)
 
     def __post_init__(self):
         if self.mode not in MODES:
@@ -187,12 +190,14 @@ class PoolConfig:
         if self.placement not in PLACEMENTS:
             raise ConfigError(f"placement must be 'layer' or 'striped', got {self.placement!r}")
         check_redundancy(self.redundancy, self.backup)
-        for name, least in (("slots", 1), ("resident_layers", 0), ("cas_sms", 1)):
+        for name, least in (("slots", 1), ("resident_layers", 0), ("cas_sms", 1), ("device_bytes", 0)):
             value = getattr(self, name)
             if value is None and name != "resident_layers":
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ConfigError(f"{name} must be an integer of {least} or more, got {value!r}")
+        if self.device_bytes is not None and not self.host_tier:
+            raise ConfigError("device_bytes says what host_tier=True leaves on the device: set both, or neither")
         if not isinstance(self.timeout_s, (int, float)) or not 0 < self.timeout_s < float("inf"):
             raise ConfigError(f"timeout_s must be a positive number of seconds, got {self.timeout_s!r}")
 

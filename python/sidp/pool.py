@@ -18,6 +18,7 @@ from .errors import ConfigError, PeerError, PoolClosedError, SidpError
 from .memory import host_bytes
 from .shares import Index, Shares, unit_layout, unit_views
 from .slots import choose_slots
+from .spill import cut_of, on_device
 from .stats import PoolStats
 from .survival import Reader, Survival
 from .transport import LocalMemory, ShmTransport
@@ -95,7 +96,8 @@ class WeightPool:
         config, world, layers = self.config, self.world_size, self.num_layers
         self.device = choose_device(config.device)
         self._on_gpu = self.device.type == "cuda"
-        self._host_shares = config.host_tier  # the shares lie in host memory, the computing is done on a GPU
+        self._host_shares = config.host_tier  # shares lie in host memory, or in part; the computing is done on a GPU
+        self._all_in_host = False
         self._gpu = C.cuda_device_facts(self.device.index).uuid if self._on_gpu else ""
         if config.host_tier and not self._on_gpu:
             raise ConfigError("host_tier=True needs the CUDA backend: leave it False on the CPU")
@@ -152,7 +154,11 @@ class WeightPool:
         """By layer: whether ``rank`` reads it where it lies, without a fetch."""
         layers = range(self.num_layers)
         if self.config.host_tier:
-            return [placement.resident(layer) for layer in layers]
+            cut = self._cut(placement, rank)
+            own = [
+                cut > 0 and placement.local(layer, rank) and on_device(placement, rank, layer, cut) for layer in layers
+            ]
+            return [own[layer] or placement.resident(layer) for layer in layers]
         here = [placement.local(layer, rank) for layer in layers]
         if self._on_gpu and self.config.placement == "layer" and not self.config.force_fetch:
             for layer in layers:  # an owner on the same GPU is read in place
@@ -174,11 +180,18 @@ class WeightPool:
             )
             self.slots = 0
 
+    def _cut(self, placement, rank: int) -> int:
+        """In the host tier: how much of the rank's share is on its device all the same."""
+        return cut_of(placement, rank, self.num_layers, self.config.device_bytes) if self.config.device_bytes else 0
+
     def _kept_bytes(self, placement, rank: int) -> int:
-        """Of the memory that ``rank`` computes in, what its share takes; in the host tier only resident layers lie there."""
+        """Of the memory that ``rank`` computes in, what its share takes; of what lies in host memory only resident layers."""
         if self._host_shares and not self.reason:
-            layers = range(self.num_layers)
-            return sum(placement.unit(layer).bytes for layer in layers if placement.resident(layer))
+            cut = 0 if self._all_in_host else self._cut(placement, rank)
+            copied = [
+                n for n in range(self.num_layers) if placement.resident(n) and not on_device(placement, rank, n, cut)
+            ]
+            return cut + sum(placement.unit(layer).bytes for layer in copied)
         return placement.arena_bytes(rank) + self._plan_backups(placement).kept_bytes(rank)
 
     def _plan_backups(self, placement) -> BackupPlan:
@@ -194,7 +207,10 @@ class WeightPool:
         if not self._on_gpu:
             return ShmTransport(self._control, sizes, region_bytes)
         if self.config.host_tier:
-            return HostTransport(self._control, sizes, self.device)
+            cuts = [self._cut(self.placement, rank) for rank in range(self.world_size)]
+            if not any(cuts):
+                return HostTransport(self._control, sizes, self.device)
+            return open_gpu_transport(self._control, sizes, self.device, cuts=cuts)
         transport = open_gpu_transport(self._control, sizes, self.device, region_bytes)
         if region_bytes and not transport.region_bytes:
             logger.warning("sidp: CaS is off: no GPU can write to another's memory here")
@@ -313,7 +329,7 @@ class WeightPool:
 
     def _make_gpu_ring(self):
         if self._transport.own_is_remote:  # also where host memory is the fallback: then nothing but residents is here
-            self._host_shares = True
+            self._host_shares = self._all_in_host = True
             self._local = [self.placement.resident(layer) for layer in range(self.num_layers)]
         if all(self._local):
             return None

@@ -10,6 +10,7 @@ from ._native import C
 from .config import TensorSpec, Unit
 from .errors import ConfigError, LayoutError
 from .memory import view
+from .spill import SplitMemory, part_of
 
 Index = tuple[slice, ...]
 
@@ -38,10 +39,10 @@ class Shares:
         units: all layers.
         placement: the native placement.
         rank: whose shares.
-        memory: uint8 tensor of ``placement.arena_bytes(rank)`` bytes.
+        memory: uint8 tensor of ``placement.arena_bytes(rank)`` bytes, or the same in two parts.
     """
 
-    def __init__(self, units: Sequence[Unit], placement, rank: int, memory: torch.Tensor):
+    def __init__(self, units: Sequence[Unit], placement, rank: int, memory: torch.Tensor | SplitMemory):
         self.units = units
         self.memory = memory
         self._extents = [placement.share(layer, rank) for layer in range(len(units))]
@@ -86,8 +87,8 @@ class Shares:
             raise LayoutError(
                 f"'{name}' {index} of layer {layer} must be {shape} {spec.dtype}, got {tuple(tensor.shape)} {tensor.dtype}"
             )
-        offset = extent.offset + extent.pieces[number].offset
-        view(self.memory, offset, shape, spec.dtype).copy_(tensor)
+        memory, base = part_of(self.memory, extent.offset)
+        view(memory, base + extent.pieces[number].offset, shape, spec.dtype).copy_(tensor)
         self._missing[layer].discard(number)
 
     def _number_of(self, layer: int, position: int, spec: TensorSpec, index: Index) -> int | None:
@@ -98,7 +99,9 @@ class Shares:
 
     def whole_unit(self, layer: int) -> dict[str, torch.Tensor]:
         """Views of a unit that lies here whole."""
-        return unit_views(self.units[layer], self._extents[layer].pieces, self.memory, self._extents[layer].offset)
+        return unit_views(
+            self.units[layer], self._extents[layer].pieces, *part_of(self.memory, self._extents[layer].offset)
+        )
 
     def check_complete(self) -> None:
         """ConfigError naming what this rank keeps and was never loaded."""

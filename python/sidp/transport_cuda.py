@@ -12,6 +12,7 @@ import torch
 from ._native import C
 from .control import ControlPlane
 from .errors import ConfigError, SidpError
+from .spill import SplitMemory
 from .transport import ShmTransport
 
 logger = logging.getLogger(__name__)
@@ -96,6 +97,18 @@ class _GpuTransport(ShmTransport):
     def _keep(self) -> list:
         return self._owners()
 
+    def _pin_host_parts(self) -> list[int]:
+        """Every rank's extents in shared host memory, pinned, as this device addresses them; by rank."""
+        own, addresses = self._control.rank, []
+        for rank, owner in enumerate(self._owners()):
+            if self._extent_bytes[rank] == 0:
+                addresses.append(owner.extents)
+                continue
+            pin = C.PinnedRange(owner.extents, self._extent_bytes[rank], rank != own, self._device.index)
+            self._pins.append(pin)
+            addresses.append(pin.device_address)
+        return addresses
+
     def serve_until_all_closed(self, stop_serving: Callable[[], None]) -> None:
         torch.cuda.synchronize(self._device)  # readers stop
         if self.region_bytes:  # answers are written into the peers' memory until all have finished
@@ -137,8 +150,9 @@ class CudaTransport(_GpuTransport):
         device: torch.device,
         region_bytes: int = 0,
         handles: str = "ipc",
+        host_bytes: list[int] | None = None,
     ):
-        super().__init__(control, [0] * control.world_size, device)
+        super().__init__(control, host_bytes or [0] * control.world_size, device)
         self.region_bytes = region_bytes
         self.handles = handles
         self._share_bytes = extent_bytes
@@ -253,6 +267,36 @@ class CudaTransport(_GpuTransport):
         self._memory = None  # freed with the last view of it
 
 
+class SpillTransport(CudaTransport):
+    """Of every rank's share, the first ``cuts[rank]`` bytes in its device arena and the rest in pinned host memory.
+
+    Collective, and raises PeerAccessRefused, as CudaTransport.
+    """
+
+    def __init__(
+        self,
+        control: ControlPlane,
+        extent_bytes: list[int],
+        device: torch.device,
+        cuts: list[int],
+        handles: str = "ipc",
+    ):
+        rest = [nbytes - cut for nbytes, cut in zip(extent_bytes, cuts, strict=True)]
+        super().__init__(control, cuts, device, handles=handles, host_bytes=rest)
+        self._cuts = cuts
+        self._host_sources: list[int] = []
+
+    def extents(self) -> SplitMemory:
+        return SplitMemory(super().extents(), ShmTransport.extents(self))
+
+    def connect(self) -> None:
+        super().connect()
+        self._host_sources = self._pin_host_parts()
+
+    def ring_arguments(self) -> dict:
+        return {**super().ring_arguments(), "cuts": self._cuts, "host_sources": self._host_sources}
+
+
 class HostTransport(_GpuTransport):
     """Shares in shared host memory, pinned by every rank that reads them: the host tier, and what is left where GPUs
     cannot reach each other."""
@@ -265,14 +309,7 @@ class HostTransport(_GpuTransport):
 
     def connect(self) -> None:
         super().connect()
-        own = self._control.rank
-        for rank, owner in enumerate(self._owners()):
-            if self._extent_bytes[rank] == 0:
-                self._sources.append(owner.extents)
-                continue
-            pin = C.PinnedRange(owner.extents, self._extent_bytes[rank], rank != own, self._device.index)
-            self._pins.append(pin)
-            self._sources.append(pin.device_address)
+        self._sources = self._pin_host_parts()
 
     def source(self, rank: int) -> int:
         return self._sources[rank]
@@ -283,12 +320,16 @@ class PeerAccessRefused(Exception):
 
 
 def open_gpu_transport(
-    control: ControlPlane, extent_bytes: list[int], device: torch.device, region_bytes: int = 0
+    control: ControlPlane,
+    extent_bytes: list[int],
+    device: torch.device,
+    region_bytes: int = 0,
+    cuts: list[int] | None = None,
 ) -> _GpuTransport:
     """Collective: device memory where every rank can read every other's, pinned host memory otherwise (without CaS).
 
     SIDP_P2P=auto|ipc|vmm|host: "ipc" and "vmm" refuse to fall back, "host" asks for host memory; "auto" tries them in
-    this order.
+    this order. With ``cuts``, what of each share lies beyond them is in host memory in any case.
     """
     wish = os.environ.get("SIDP_P2P", "auto")
     if wish not in ("auto", *HANDLES, "host"):
@@ -298,6 +339,8 @@ def open_gpu_transport(
     refusals = []
     for handles in HANDLES if wish == "auto" else (wish,):
         try:
+            if cuts is not None:
+                return SpillTransport(control, extent_bytes, device, cuts, handles)
             return CudaTransport(control, extent_bytes, device, region_bytes, handles)
         except PeerAccessRefused as refusal:
             refusals.append(f"{handles}: {refusal}")

@@ -14,6 +14,7 @@ from launch import parallel_launch, start
 from sidp import FFNSpec, PoolConfig, WeightPool, ffn_forward
 from sidp._native import C
 from sidp.ffn import apply_formula
+from sidp.spill import on_device
 from sidp.transport_cuda import device_bytes
 
 sys.path.append(str(Path(__file__).parents[2] / "bench"))  # trace_table
@@ -278,6 +279,43 @@ def model_body(ctx, families):
         if not all(torch.equal(a, b) for a, b in zip(got, expected, strict=True)):
             wrong.append(family)
     return wrong
+
+
+def spilled_body(ctx, placement):
+    torch.cuda.set_device(0)
+    spec = FFNSpec(HIDDEN, INNER, bias=True)
+    weights = weights_of(spec, layers=9)
+    unit = spec.unit().nbytes
+    with pool_of(spec, weights, placement=placement, host_tier=True, device_bytes=2 * unit, slots=2) as pool:
+        stats = pool.stats()
+        sides = {on_device(pool.placement, ctx.rank, layer, stats.owned_bytes) for layer in range(9)}
+        same = [torch.equal(forward(x, pool), reference(x, weights, spec)) for x in map(inputs, range(20))]
+        x = inputs(ctx.rank)
+        graph, y = capture(pool, x)
+        for seed in range(30):
+            x.copy_(inputs(seed))
+            graph.replay()
+            same.append(torch.equal(y, reference(x, weights, spec)))
+        torch.cuda.synchronize()
+        del graph, y
+        return all(same), pool.stats().fetches > 0, 0 < stats.owned_bytes <= 2 * unit, sides
+
+
+@pytest.mark.parametrize("placement", ["layer", "striped"])
+def test_processes_spill_into_host_memory(handles, placement):
+    assert parallel_launch(spilled_body, 2, placement, timeout=100) == [(True, True, True, {True, False})] * 2
+
+
+def test_one_gpu_keeps_some_units_and_fetches_the_rest(hand_over):
+    spec = FFNSpec(HIDDEN, INNER)
+    weights, unit = weights_of(spec), spec.unit().nbytes
+    with pool_of(spec, weights, host_tier=True, device_bytes=3 * unit + 1, slots=2) as pool:
+        for seed in range(10):
+            x = inputs(seed)
+            assert torch.equal(forward(x, pool), reference(x, weights, spec))
+        stats = pool.stats()
+        assert stats.calls == {"local": 30, "was": 10 * (LAYERS - 3), "cas": 0}
+        assert 3 * unit <= stats.owned_bytes < 4 * unit and stats.fetches > 0
 
 
 FAMILIES_A = [
