@@ -23,7 +23,9 @@ class Membership:
 
     @classmethod
     def of(cls, group: Any) -> Membership:
-        """ConfigError where ``group`` is not a process group that this process is in."""
+        """``group`` itself where it is a Membership; ConfigError where it is no process group that this process is in."""
+        if isinstance(group, Membership):
+            return group
         import torch.distributed as dist
 
         if not (dist.is_available() and dist.is_initialized()):

@@ -36,7 +36,7 @@ class WeightPool:
     Args:
         specs: one FFNSpec (or Unit) per layer.
         group: a torch.distributed process group; None takes the default group, or a group of one where torch.distributed
-            is not initialised.
+            is not initialised. Ranks without one in common pass a ``membership.Membership`` over a store of their own.
         config: how the pool behaves.
 
     Raises:
@@ -532,6 +532,12 @@ class WeightPool:
     def trace(self) -> list[tuple[str, int, int, float, float]]:
         """(kind, layer, slot, begin, end) since start_trace(); kind is "fetch", "compute" or "stall", times in seconds."""
         return [] if self._ring is None else self._ring.trace()
+
+    def forget_peers(self) -> None:
+        """Where the peers' shares are mapped into this process (on the CPU), takes them out of its resident set."""
+        self._check_committed()
+        if self.active and not self._on_gpu:
+            self._transport.forget_peers()
 
     # ---- end ----------------------------------------------------------------------------------------------------------
 

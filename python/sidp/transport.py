@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import mmap
 import os
 import time
 from collections.abc import Callable
@@ -175,6 +177,17 @@ class ShmTransport:
 
     def _is_in(self, rank: int, phases: tuple[str, ...]) -> bool:
         return self._mappings[rank].phase in phases or self._control.watch.state(rank) == "dead"
+
+    def forget_peers(self) -> None:
+        """Takes the peers' pages out of this process's resident set; the next use maps them again."""
+        advise = ctypes.CDLL(None, use_errno=True).madvise
+        for rank, mapping in self._mappings.items():
+            begin = mapping.extents
+            end = begin + self._extent_bytes[rank]
+            first = begin - begin % mmap.PAGESIZE  # extents begin on a page; the last may be shared with nothing else
+            if advise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), mmap.MADV_DONTNEED) != 0:
+                error = ctypes.get_errno()
+                raise OSError(error, f"madvise on the share of rank {rank}: {os.strerror(error)}")
 
     def mark_failed(self) -> None:
         self._arena.set_phase("failed")

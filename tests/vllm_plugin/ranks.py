@@ -1,0 +1,87 @@
+"""Starts one process of engine.py a rank and collects what they did."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+_ENGINE = Path(__file__).with_name("engine.py")
+# The same for plain and pooled engines: two of them share the cores; freed memory leaves the process at once, so that
+# what vLLM sizes the KV cache by (the resident set) is what is in use.
+_ENVIRONMENT = {
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
+    "MALLOC_MMAP_THRESHOLD_": "131072",
+    "MALLOC_TRIM_THRESHOLD_": "131072",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # all requests are there at the first step, so batches are the same
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "GLOO_SOCKET_IFNAME": "lo",
+}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def run_ranks(
+    folder: Path, jobs: list[list[dict[str, Any]]], *, timeout_s: float = 600, **environment: str
+) -> list[list[dict[str, Any]]]:
+    """Job r on rank r of ``len(jobs)``, all at once; their results by rank. AssertionError with the log of a rank that fails."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shared = {"SIDP_VLLM_WORLD_SIZE": str(len(jobs)), "SIDP_VLLM_MASTER_PORT": str(free_port())}
+    processes, logs = [], []
+    try:
+        for rank, job in enumerate(jobs):
+            (folder / f"job{rank}.json").write_text(json.dumps(job))
+            logs.append((folder / f"log{rank}").open("w"))
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, str(_ENGINE), str(folder / f"job{rank}.json"), str(folder / f"result{rank}.json")],
+                    env={**os.environ, **_ENVIRONMENT, **shared, "SIDP_VLLM_RANK": str(rank), **environment},
+                    stdin=subprocess.DEVNULL,
+                    stdout=logs[-1],
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+            )
+        end = time.monotonic() + timeout_s
+        codes = [_wait(process, end) for process in processes]
+    finally:
+        for process in processes:
+            _end(process)
+        for log in logs:
+            log.close()
+    for rank, code in enumerate(codes):
+        assert code == 0, f"rank {rank}: exit {code}\n{_tail(folder / f'log{rank}')}"
+    return [json.loads((folder / f"result{rank}.json").read_text()) for rank in range(len(jobs))]
+
+
+def _wait(process: subprocess.Popen, end: float) -> int | str:
+    try:
+        return process.wait(max(0.1, end - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        return "none within the time limit"
+
+
+def _end(process: subprocess.Popen) -> None:
+    """Its workers too: they are in its session."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+    process.wait()
+
+
+def _tail(log: Path) -> str:
+    lines = [line for line in log.read_text(errors="replace").splitlines() if " INFO " not in line]
+    return "\n".join(lines[-60:])
