@@ -141,17 +141,23 @@ def families(with_vllm, tmp_path_factory):
     return {family: save_tiny(family, folder / family, **changes) for family, changes in FAMILIES.items()}
 
 
+def one_after_another(*jobs_of_an_engine) -> list[list[dict]]:
+    """The engines of several ``jobs`` in one process a rank: starting is what takes the time."""
+    return [[made[rank][0] for made in jobs_of_an_engine] for rank in range(RANKS)]
+
+
+def halves(results) -> tuple[list, list]:
+    """The engines without a pool, and as many with one behind them, rank by rank."""
+    middle = len(results[0]) // 2
+    return [rank[:middle] for rank in results], [rank[middle:] for rank in results]
+
+
 def test_families_one_engine_after_another(families, tmp_path):
     """The engines of a process follow each other: each makes a pool of its own in the same store."""
     args = {"kv_cache_memory_bytes": 50_000_000, "skip_tokenizer_init": True}
-    prompts = random_prompts(9)
-
-    def all_families(**more):
-        one_by_one = [jobs(model, prompts, 6, **args, **more) for model in families.values()]
-        return [[made[rank][0] for made in one_by_one] for rank in range(RANKS)]
-
-    expected = run_ranks(tmp_path / "plain", all_families())
-    got = run_ranks(tmp_path / "was", all_families(**POOLED), SIDP_MODE="was", SIDP_PLACEMENT="striped", SIDP_SLOTS="2")
+    made = [jobs(model, random_prompts(9), 6, **args, **more) for more in ({}, POOLED) for model in families.values()]
+    environment = {"SIDP_MODE": "was", "SIDP_PLACEMENT": "striped", "SIDP_SLOTS": "2"}
+    expected, got = halves(run_ranks(tmp_path, one_after_another(*made), **environment))
     assert tokens(got) == tokens(expected)
     assert logprobs(got) == logprobs(expected)
     assert len({str(answer) for answer in tokens(expected)}) == len(families) * RANKS  # the models really differ
@@ -162,13 +168,12 @@ def test_families_one_engine_after_another(families, tmp_path):
 def test_tensor_parallel(families, tmp_path):
     """Two engines of two workers each: worker t of both is one pool."""
     args = {"kv_cache_memory_bytes": 50_000_000, "skip_tokenizer_init": True, "tensor_parallel_size": 2}
-    prompts = random_prompts(8)
-    expected = run_ranks(tmp_path / "plain", jobs(families["llama"], prompts, 6, **args))
-    for mode in ("was", "cas"):
-        got = run_ranks(tmp_path / mode, jobs(families["llama"], prompts, 6, **args, **POOLED), SIDP_MODE=mode)
-        assert tokens(got) == tokens(expected)
-        for rank in got:
+    plain, with_pool = (jobs(families["llama"], random_prompts(8), 6, **args, **more) for more in ({}, POOLED))
+    expected, was = halves(run_ranks(tmp_path / "was", one_after_another(plain, with_pool), SIDP_MODE="was"))
+    cas = run_ranks(tmp_path / "cas", with_pool, SIDP_MODE="cas")
+    assert tokens(was) == tokens(expected) == tokens(cas)
+    assert logprobs(was) == logprobs(expected)
+    for mode, results in (("was", was), ("cas", cas)):
+        for rank in results:
             assert [stats["world_size"] for stats in rank[0]["stats"]] == [2, 2]
             assert all(stats["calls"][mode] > 0 for stats in rank[0]["stats"])
-        if mode == "was":
-            assert logprobs(got) == logprobs(expected)
