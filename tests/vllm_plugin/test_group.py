@@ -85,17 +85,21 @@ def _two_engines_of_two_workers(ctx, port):
     engine, tp_rank = divmod(ctx.rank, 2)
     heard = []
     for attempt in range(2):
-        members = join(Place(engine, 2, "127.0.0.1", port, "job"), tp_rank, 2, 20.0)
-        control = ControlPlane(members, 20.0)
+        members = join(Place(engine, 2, "127.0.0.1", port, "job"), tp_rank, 2, 60.0)
+        control = ControlPlane(members, 60.0)
         heard.append((members.global_ranks, members.rank, control.exchange("who", f"{ctx.rank}.{attempt}".encode())))
         control.close()
+    # The workers of an engine end together; here the host of the store waits for the others.
+    everybody = ControlPlane(join(Place(ctx.rank, 4, "127.0.0.1", port, "end"), 0, 1, 60.0), 60.0)
+    everybody.barrier("end")
+    everybody.close()
     return heard
 
 
 def test_workers_meet_their_peers_of_the_other_engine():
     from ranks import free_port
 
-    results = parallel_launch(_two_engines_of_two_workers, 4, free_port(), rendezvous="none")
+    results = parallel_launch(_two_engines_of_two_workers, 4, free_port(), rendezvous="none", timeout=120)
     for rank, heard in enumerate(results):
         engine, tp_rank = divmod(rank, 2)
         for attempt, (ranks, own, words) in enumerate(heard):
