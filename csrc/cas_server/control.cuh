@@ -328,7 +328,7 @@ __device__ inline bool begin_turn(const ServerArguments& args) {
   __shared__ bool ours;
   if (threadIdx.x == 0) {
     ours = takes_turn(args);
-    if (ours && blockIdx.x == 0) *const_cast<volatile u64*>(&args.host->serving) = args.turn;
+    if (ours && blockIdx.x == 0) *const_cast<volatile u64*>(&args.host->serving) = args.turn * 256 + args.stream;
   }
   __syncthreads();
   return ours;

@@ -205,7 +205,7 @@ class Progress {
   bool late(Clock::time_point now) {
     const std::uint64_t turn = ended() + 1;
     const bool watching = __atomic_load_n(&host_->watching, __ATOMIC_RELAXED) >= turn;
-    const bool serving = __atomic_load_n(&host_->serving, __ATOMIC_RELAXED) >= turn;
+    const bool serving = __atomic_load_n(&host_->serving, __ATOMIC_RELAXED) / 256 >= turn;
     const std::uint64_t state = turn * 4 + (serving ? 2 : watching ? 1 : 0);
     if (state != state_) {
       state_ = state;
@@ -242,7 +242,8 @@ void CudaServer::serve_until_stopped() {
       if (progress.late(Clock::now())) {
         const std::lock_guard<std::mutex> lock(launching_);
         stream_ = (stream_ + 1) % streams_.size();
-        for (std::uint64_t turn = progress.ended() + 1; turn <= queued_; ++turn) launch_turn(turn);
+        repeated_ = progress.ended() + 1;
+        for (std::uint64_t turn = repeated_; turn <= queued_; ++turn) launch_turn(turn);
       }
       std::this_thread::sleep_for(kLook);
     }
@@ -256,6 +257,11 @@ void CudaServer::serve_until_stopped() {
 void CudaServer::keep_queued() {
   const auto* host = host_memory_.as<ServerHostWords>();
   const std::lock_guard<std::mutex> lock(launching_);
+  const std::uint64_t serving = __atomic_load_n(&host->serving, __ATOMIC_ACQUIRE);
+  if (repeated_ != 0 && serving / 256 >= repeated_) {  // the next turns follow in the stream where this one came to run
+    stream_ = serving % 256;
+    repeated_ = 0;
+  }
   while (!stopping_ && queued_ < __atomic_load_n(&host->ended, __ATOMIC_ACQUIRE) + kQueuedTurns) launch_turn(++queued_);
 }
 
@@ -263,6 +269,7 @@ void CudaServer::launch_turn(std::uint64_t turn) {
   ServerArguments arguments = arguments_;
   arguments.turn = turn;
   arguments.launch = ++launches_;
+  arguments.stream = static_cast<std::uint32_t>(stream_);
   SIDP_CUDA_CHECK(launch_watch(arguments, nanoseconds(config_.watch_ms), streams_[stream_]));
   SIDP_CUDA_CHECK(launch_serve(ServeLaunch{path_, config_.dtype, config_.sms, streams_[stream_]}, arguments));
 }

@@ -30,7 +30,7 @@ struct CudaServerConfig {
   double idle_ms = 1.0;    // the serving kernel ends when nothing came for so long
   double run_ms = 20.0;    // ... and after so long in any case
   double watch_ms = 20.0;  // life of the one-warp kernel that waits in between; each end takes `sms` SMs for a moment
-  double late_ms = 2.0;    // a launch that has not begun so long after its turn came is repeated on another stream
+  double late_ms = 5.0;    // a launch that has not begun so long after its turn came is repeated on another stream
   double stall_s = 20.0;   // a wait inside the kernel that takes longer is a fault
   bool plain = false;      // the path for sm_80 even where sm_90a would run
   std::function<void()> each_turn;  // called by the launching thread, every few milliseconds
@@ -95,7 +95,8 @@ class CudaServer {
   std::size_t stream_ = 0;      // the one that launches go to now
   std::uint64_t launches_ = 0;  // numbers of launches given away
   std::uint64_t queued_ = 0;    // the last turn that was launched
-  std::mutex launching_;        // guards the three
+  std::uint64_t repeated_ = 0;  // the last turn that was launched twice and has not begun yet; 0: none
+  std::mutex launching_;        // guards the four
   std::thread thread_;
   std::atomic<bool> stopping_{true};
   std::atomic<bool> failed_{false};

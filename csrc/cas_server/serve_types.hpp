@@ -129,7 +129,7 @@ struct ServerHostWords {
   alignas(128) std::uint32_t stop;  // leave as soon as no batch is in flight
   std::uint32_t retired;            // bit per requester: do not serve it any more
   alignas(128) std::uint64_t watching;  // the last turn whose watch has begun
-  std::uint64_t serving;                // ... whose launch has begun
+  std::uint64_t serving;                // ... whose launch has begun, x 256, + the stream of that launch
   std::uint64_t ended;                  // ... that is over
   alignas(128) std::uint32_t fault;  // ServerFault; the kernel traps after writing it
   std::uint32_t fault_detail;
@@ -169,6 +169,7 @@ struct ServerArguments {
   std::uint32_t* partial_flags;  // [2][2][ctas][2 warpgroups]: number of the batch whose partial sum lies there
   std::uint64_t turn;    // of this launch
   std::uint64_t launch;  // its own number
+  std::uint32_t stream;  // of the host's, where it was launched
   std::uint64_t idle_ns;
   std::uint64_t run_ns;
   std::uint64_t stall_ns;

@@ -196,7 +196,8 @@ class WeightPool:
 
     def _plan_backups(self, placement) -> BackupPlan:
         pools = self.config.redundancy and not self.reason
-        return BackupPlan(placement, self.world_size, self.num_layers, self.config.backup if pools else None)
+        world = 1 if self.reason else self.world_size  # a pool that keeps all weights local is one rank's affair
+        return BackupPlan(placement, world, self.num_layers, self.config.backup if pools else None)
 
     def _open_transport(self):
         if not self.active:

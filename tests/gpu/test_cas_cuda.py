@@ -102,12 +102,12 @@ def every_layer(ctx, spec, placement, rounds, config) -> list[str]:
 )
 @pytest.mark.parametrize("placement", ["layer", "striped"])
 def test_cas_processes_are_at_least_as_exact_as_the_unpooled_formula(placement, spec):
-    assert parallel_launch(every_layer, 2, spec, placement, 12, {"mode": "cas"}, timeout=120) == [[], []]
+    assert parallel_launch(every_layer, 2, spec, placement, 12, {"mode": "cas"}, timeout=45) == [[], []]
 
 
 @pytest.mark.parametrize("placement", ["layer", "striped"])
 def test_cas_processes_four_of_them(placement):
-    assert parallel_launch(every_layer, 4, WIDE, placement, 12, {"mode": "cas"}, timeout=120) == [[]] * 4
+    assert parallel_launch(every_layer, 4, WIDE, placement, 12, {"mode": "cas"}, timeout=45) == [[]] * 4
 
 
 def mixed_body(ctx, placement):
@@ -116,7 +116,7 @@ def mixed_body(ctx, placement):
 
 @pytest.mark.parametrize("placement", ["layer", "striped"])
 def test_cas_processes_beside_ranks_in_was(placement):
-    assert parallel_launch(mixed_body, 4, placement, timeout=120) == [[]] * 4
+    assert parallel_launch(mixed_body, 4, placement, timeout=45) == [[]] * 4
 
 
 def auto_body(ctx):
@@ -133,7 +133,7 @@ def auto_body(ctx):
 
 
 def test_cas_processes_with_the_policy_choosing():
-    for bad, calls, _, reason in parallel_launch(auto_body, 2, timeout=120):
+    for bad, calls, _, reason in parallel_launch(auto_body, 2, timeout=45):
         assert bad == 0 and calls == 120 * LAYERS
         assert "expected to take" in reason or reason == "the layer is here"
 
@@ -172,7 +172,7 @@ def graph_body(ctx, placement):
 
 @pytest.mark.parametrize("placement", ["layer", "striped"])
 def test_cas_processes_replay_a_thousand_times_beside_a_changing_partner(placement):
-    assert parallel_launch(graph_body, 2, placement, timeout=150) == [0, 0]
+    assert parallel_launch(graph_body, 2, placement, timeout=75) == [0, 0]
 
 
 def early_body(ctx):
@@ -190,7 +190,7 @@ def early_body(ctx):
 
 
 def test_cas_processes_are_served_by_a_rank_that_has_finished():
-    assert parallel_launch(early_body, 2, timeout=90) == [0, 0]
+    assert parallel_launch(early_body, 2, timeout=45) == [0, 0]
 
 
 def free_body(ctx):
@@ -220,7 +220,7 @@ def free_body(ctx):
 
 
 def test_cas_processes_hold_up_nobody_who_frees_memory():
-    for idle, busy in parallel_launch(free_body, 2, timeout=120):
+    for idle, busy in parallel_launch(free_body, 2, timeout=45):
         assert idle < 200 and busy < 400, "far above the bounds of a launch (run 20 ms, watch 5 ms, two of each queued)"
 
 
@@ -235,7 +235,7 @@ def compiled_body(ctx):
 
 
 def test_cas_processes_under_torch_compile():
-    assert parallel_launch(compiled_body, 2, timeout=120) == [True, True]
+    assert parallel_launch(compiled_body, 2, timeout=45) == [True, True]
 
 
 def model_body(ctx, family):
@@ -268,7 +268,7 @@ def test_cas_processes_of_hugging_face(monkeypatch, family):
     folder = str(Path(__file__).parents[1] / "hf")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([folder, os.environ.get("PYTHONPATH", "")]))
     monkeypatch.syspath_prepend(folder)
-    for ours, plain, calls, tokens in parallel_launch(model_body, 2, family, timeout=120):
+    for ours, plain, calls, tokens in parallel_launch(model_body, 2, family, timeout=45):
         assert ours <= 1.1 * plain, f"{ours:.3e} with CaS, {plain:.3e} without"  # the rest of the model rounds alike
         assert calls > 0 and tokens == (2, 15)
 
@@ -296,7 +296,7 @@ def killed_body(ctx):
     "CUDA_MPS_PIPE_DIRECTORY" in os.environ, reason="MPS gives no promise to clients when one is killed"
 )
 def test_a_killed_owner_is_named():
-    with start(killed_body, 2, timeout=90) as ranks:
+    with start(killed_body, 2, timeout=45) as ranks:
         ranks.wait_for("ready")
         ranks.kill(1)
         ranks.tell("killed", ranks=[0])
