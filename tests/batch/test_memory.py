@@ -123,7 +123,7 @@ def test_cache_and_step_fit_what_is_left_and_a_page_more_would_not():
 
         def needed(cache, mean_cost=mean_cost, max_batch=max_batch, rows=rows):
             tokens = cache / token + memory.SPARE_PAGES * page
-            sampled = cache / token / mean_cost if max_batch is None else min(max_batch, rows)
+            sampled = tokens / mean_cost if max_batch is None else min(max_batch, rows)
             step = max(activation_bytes(rows, 512, 1024, 2), sampled * logit_bytes(30_000, 2))
             return tokens * (token + token / 6 + 16) + step
 
