@@ -135,7 +135,7 @@ class Bench:
         self.args, self.scratch = args, scratch
         self.end = time.monotonic() + args.budget_s
         self.answers: dict[str, dict[str, str]] = {}
-        self.device: dict[int, tuple[int, int]] = {}
+        self.device: dict[tuple[int, bool], tuple[int, int]] = {}
 
     def run(self, row: Row) -> dict:
         """The row as plain values: figures, or `status` with the reason why there are none."""
@@ -237,7 +237,8 @@ class Bench:
         from sidp.planner.gpus import GPU
         from sidp.planner.models import load_model
 
-        context, memory = self._device(row.ranks_per_gpu)
+        eager = self.args.devices > 1 and row.pooled and "was" not in row.options  # as run-batch does for CaS
+        context, memory = self._device(row.ranks_per_gpu, eager)
         deployment = Deployment(
             model=load_model(str(self._model(row, folder))),
             gpu=GPU("measured", memory, 3e12, 6e14, 3.75e11, "this device"),
@@ -257,11 +258,11 @@ class Bench:
         if plan.node_kv_tokens:
             result["measured_to_predicted"] = round(result["kv_tokens"] / plan.node_kv_tokens, 4)
 
-    def _device(self, ranks: int) -> tuple[int, int]:
+    def _device(self, ranks: int, eager: bool) -> tuple[int, int]:
         """Measured here: (bytes that one of `ranks` processes on a GPU takes before it holds anything, the GPU's)."""
-        if ranks not in self.device:
-            self.device[ranks] = _measure(ranks)
-        return self.device[ranks]
+        if (ranks, eager) not in self.device:
+            self.device[ranks, eager] = _measure(ranks, eager)
+        return self.device[ranks, eager]
 
 
 class RowFailed(Exception):
@@ -309,13 +310,18 @@ sys.stdin.readline()
 """
 
 
-def _measure(ranks: int) -> tuple[int, int]:
+def _measure(ranks: int, eager: bool) -> tuple[int, int]:
     """Processes are started one after another, all alive at the end, whose memory is divided by their number."""
     started, used, total = [], 0, 0
+    loading = {"CUDA_MODULE_LOADING": "EAGER"} if eager else {}
     try:
         for _ in range(ranks):
             process = subprocess.Popen(
-                [sys.executable, "-c", _CONTEXT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+                [sys.executable, "-c", _CONTEXT],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env={**os.environ, **loading},
             )
             started.append(process)
             used, total = map(int, process.stdout.readline().split())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +38,7 @@ def load(job, rank: int) -> Loaded:
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    _let_auto_offer_cas(job)
     device = choose_device(job.backend, rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -49,6 +51,18 @@ def load(job, rank: int) -> Loaded:
             pool.__exit__(type(error), error, None)
         raise
     return Loaded(model, pool, codec, lambda board: _engine(job, board, model, codec))
+
+
+def _let_auto_offer_cas(job) -> None:
+    """With several GPUs: CUDA reads this when it starts, and mode="auto" offers CaS only beside eagerly loaded kernels.
+
+    They take some memory, so that ranks which share one GPU, and read in place, do without.
+    """
+    asks = (
+        job.pooled and job.pool_config.get("mode", "auto") in ("auto", "cas") and not job.pool_config.get("host_tier")
+    )
+    if asks and job.backend != "cpu" and torch.cuda.device_count() > 1:
+        os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
 
 
 def choose_device(backend: str, rank: int) -> torch.device:
