@@ -29,6 +29,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+_START_S = 27.0  # of a row, until it generates
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,12 @@ TINY = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": False,
     "max_position_embeddings": 4096, "torch_dtype": "bfloat16",
 }  # fmt: skip
+
+
+def shortened(row: Row, answer: int) -> Row:
+    """The same row with answers of `answer` tokens."""
+    generating = max(0.0, row.estimate_s - _START_S) * answer / row.answer
+    return replace(row, answer=answer, estimate_s=min(row.estimate_s, _START_S) + generating)
 
 
 def small(row: Row) -> Row:
@@ -398,11 +405,14 @@ def main() -> None:
     )
     parser.add_argument("--budget-s", type=float, default=200.0, help="no row starts that would not end within it")
     parser.add_argument("--rows", nargs="+", metavar="TEXT", help="only rows whose names hold one of these")
+    parser.add_argument("--answer", type=int, metavar="N", help="answers of N tokens in every row, to shorten it")
     parser.add_argument("--json", metavar="FILE", help="write the results there")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU")
     args = parser.parse_args()
     rows = two_gpus() if args.devices == 2 else host_tier() if args.suite == "host" else one_gpu()
     rows = [row for row in rows if not args.rows or any(text in row.name for text in args.rows)]
+    if args.answer:
+        rows = [shortened(row, args.answer) for row in rows]
     if args.dry_run:
         rows = [small(row) for row in rows]
     results: list[dict] = []
