@@ -29,7 +29,7 @@ struct CudaServerConfig {
   std::uint32_t rank = 0;
   double idle_ms = 1.0;    // the serving kernel ends when nothing came for so long
   double run_ms = 20.0;    // ... and after so long in any case
-  double watch_ms = 20.0;  // life of the one-warp kernel that waits in between; each end takes `sms` SMs for a moment
+  double watch_ms = 5.0;   // life of the one-warp kernel that waits in between; whoever waits for the device waits for two of them
   double late_ms = 5.0;    // a launch that has not begun so long after its turn came is repeated on another stream
   double stall_s = 20.0;   // a wait inside the kernel that takes longer is a fault
   bool plain = false;      // the path for sm_80 even where sm_90a would run

@@ -66,6 +66,7 @@ class CudaCas:
         self.slices = slices_of(units, served, placement, rank, arguments["extents"])
         self.reaches = [here and not local[layer] for layer, here in enumerate(served)]
         spec = units[served.index(True)].formula
+        _load_blas(self.device, spec.dtype)
         self._native = C.CudaCas(
             device=self.device.index,
             rank=rank,
@@ -138,6 +139,14 @@ class CudaCas:
         c = self._native.server_counters()
         retired = self._native.retired.bit_count()
         return Served(c.requests, c.rows, c.batches, c.fused_batches, c.refused, 0, retired, c.busy_seconds, c.launches)
+
+
+def _load_blas(device: torch.device, dtype: torch.dtype) -> None:
+    """Has torch load its BLAS before a server runs: each kernel that is loaded later waits for the launches that are queued."""
+    for kind in (dtype, torch.float32):
+        x = torch.ones(16, 16, device=device, dtype=kind)
+        torch.nn.functional.linear(x, x)
+    torch.cuda.synchronize(device)
 
 
 def _native_unit(layer: int, here: Slice):

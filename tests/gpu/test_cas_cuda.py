@@ -25,8 +25,10 @@ LAYERS, HIDDEN, INNER = 8, 256, 704
 
 @pytest.fixture(autouse=True)
 def eager_loading(monkeypatch):
-    """In the ranks; docs/protocol_cas.md tells why."""
+    """In the ranks; docs/protocol_cas.md tells why, and what is open in striped."""
     monkeypatch.setenv("CUDA_MODULE_LOADING", "EAGER")
+    monkeypatch.setenv("SIDP_AUTO_CAS", "1")
+    monkeypatch.setenv("SIDP_CAS_STRIPED", "1")
 
 
 WIDE = FFNSpec(HIDDEN, INNER)
