@@ -19,6 +19,7 @@ void bind_cuda_ring(py::module_& module);
 void bind_cas_cuda(py::module_& module);
 #endif
 void bind_cas_cpu(py::module_& module);
+void bind_sim(py::module_& module);
 
 namespace {
 
@@ -205,4 +206,5 @@ PYBIND11_MODULE(_C, m) {
 #ifdef SIDP_WITH_CUDA
   sidp::bind_cas_cuda(m);
 #endif
+  sidp::bind_sim(m);
 }

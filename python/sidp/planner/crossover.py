@@ -71,9 +71,17 @@ class Clock:
             total += layers * (times.at(rows) if times else self._gemm(weights, rows))
         return total
 
+    def projections(self, rows: int) -> float:
+        """Attention's projections of all layers over `rows` rows, seconds."""
+        return self._gemm(self._attention, rows)
+
+    def head(self, rows: int) -> float:
+        """Logits of `rows` rows, seconds."""
+        return self._gemm(self._head, rows)
+
     def rest(self, rows: int) -> float:
         """Attention's projections and the head over `rows` rows, seconds."""
-        return self._gemm(self._attention, rows) + self._gemm(self._head, rows)
+        return self.projections(rows) + self.head(rows)
 
     def job(self, requests: int) -> Timing:
         """The mean iteration of a batch job that keeps `requests` running: each is followed by another when it ends, so

@@ -1,0 +1,72 @@
+#include "links.hpp"
+
+#include <algorithm>
+#include <limits>
+
+namespace sidp::sim {
+namespace {
+
+double or_unlimited(double rate) { return rate > 0 ? rate : std::numeric_limits<double>::infinity(); }
+
+}  // namespace
+
+Links::Links(const Fabric& fabric, int world, EventQueue& events)
+    : fabric_(fabric),
+      events_(events),
+      flows_(world),
+      readers_(world),
+      counted_to_(world, 0),
+      read_(world, std::vector<std::uint64_t>(world, 0)),
+      feeding_s_(world, 0),
+      crowded_s_(world, 0) {}
+
+void Links::start(int reader, int owner, std::uint64_t bytes, int copies, double now) {
+  Flow& flow = flows_[reader];
+  flow.owner = owner;
+  flow.since = now;
+  flow.left = static_cast<double>(bytes);
+  read_[reader][owner] += bytes;
+  if (reader == owner) {
+    flow.rate = or_unlimited(fabric_.local_bytes_per_s);
+    events_.at(now + flow.left / flow.rate, What::copy_done, reader, ++flow.version);
+    return;
+  }
+  flow.left += copies * fabric_.copy_bytes;
+  flow.rate = 0;
+  count(owner, now);
+  readers_[owner].push_back(reader);
+  share_again(owner, now);
+}
+
+void Links::finish(int reader, double now) {
+  const int owner = flows_[reader].owner;
+  if (reader == owner) return;
+  count(owner, now);
+  auto& readers = readers_[owner];
+  readers.erase(std::find(readers.begin(), readers.end(), reader));
+  share_again(owner, now);
+}
+
+void Links::count(int owner, double now) {
+  const double passed = now - counted_to_[owner];
+  counted_to_[owner] = now;
+  if (!readers_[owner].empty()) feeding_s_[owner] += passed;
+  if (readers_[owner].size() > 1) crowded_s_[owner] += passed;
+}
+
+void Links::share_again(int owner, double now) {
+  const auto n = static_cast<double>(readers_[owner].size());
+  if (n == 0) return;
+  const double egress = or_unlimited(fabric_.egress_bytes_per_s) / (1 + fabric_.incast * (n - 1));
+  const double rate = std::min(or_unlimited(fabric_.ingress_bytes_per_s), egress / n);
+  for (int reader : readers_[owner]) {
+    Flow& flow = flows_[reader];
+    if (flow.rate == rate) continue;
+    if (flow.rate > 0) flow.left = std::max(0.0, flow.left - (now - flow.since) * flow.rate);
+    flow.since = now;
+    flow.rate = rate;
+    events_.at(now + flow.left / rate, What::copy_done, reader, ++flow.version);
+  }
+}
+
+}  // namespace sidp::sim
