@@ -36,6 +36,7 @@ void bind_inputs(py::module_& m) {
       .def_readwrite("local_bytes_per_s", &Fabric::local_bytes_per_s)
       .def_readwrite("copy_bytes", &Fabric::copy_bytes)
       .def_readwrite("incast", &Fabric::incast)
+      .def_readwrite("turns", &Fabric::turns)
       .def_readwrite("round_trip_s", &Fabric::round_trip_s)
       .def_readwrite("send_row_bytes", &Fabric::send_row_bytes)
       .def_readwrite("reply_row_bytes", &Fabric::reply_row_bytes);
@@ -55,6 +56,8 @@ void bind_inputs(py::module_& m) {
       .def_readwrite("look_every", &Options::look_every)
       .def_readwrite("batched_tokens", &Options::batched_tokens)
       .def_readwrite("most_requests", &Options::most_requests)
+      .def_readwrite("jitter", &Options::jitter)
+      .def_readwrite("seed", &Options::seed)
       .def_readwrite("trace", &Options::trace);
   py::class_<Job>(m, "SimJob")
       .def(py::init<>())

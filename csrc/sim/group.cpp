@@ -12,7 +12,8 @@ Group::Group(const Placement& placement, const Job& job)
       job_(job),
       world_(placement.world_size()),
       layers_(placement.num_layers()),
-      links_(job.fabric, world_, events_),
+      jitter_(job.options.jitter, job.options.seed),
+      links_(job.fabric, world_, events_, jitter_),
       waiting_(world_ + 1) {
   check();
   const Options& options = job.options;
@@ -53,6 +54,7 @@ void Group::check() const {
                "stages must be 1, or more with mode local, got ", o.stages);
   SIDP_REQUIRE(o.batched_tokens >= 1 && o.most_requests >= 1, ConfigError, "batched_tokens and most_requests must be 1 or more, got ",
                o.batched_tokens, " and ", o.most_requests);
+  SIDP_REQUIRE(o.jitter >= 0 && o.jitter < 1, ConfigError, "jitter must be 0 or more and less than 1, got ", o.jitter);
   for (std::size_t i = 0; i < job_.requests.size(); ++i) {
     const Request& r = job_.requests[i];
     SIDP_REQUIRE(r.rank >= -1 && r.rank < world_ && r.answer >= 1 && r.cached >= 0 && r.prompt >= r.cached && r.prompt >= 1 &&
@@ -105,7 +107,7 @@ void Group::handle(const Event& event) {
       if (members_[who].ring->copied(event.time) && lanes_[who].phase == Phase::stalled) {
         lanes_[who].stall_s += event.time - lanes_[who].stalled_at;
         lanes_[who].phase = Phase::ffn;
-        devices_[who].begin(What::own_done, lanes_[who].ffn_s, event.time);
+        compute(who, lanes_[who].ffn_s, event.time);
       }
       break;
     case What::arrives:

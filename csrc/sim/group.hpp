@@ -7,6 +7,7 @@
 
 #include "batch.hpp"
 #include "device.hpp"
+#include "jitter.hpp"
 #include "links.hpp"
 #include "model.hpp"
 #include "ring_model.hpp"
@@ -59,6 +60,7 @@ class Group {
   void end_iteration(int lane, double now);
 
   // Layer by layer: WaS and CaS.
+  void compute(int rank, double seconds, double now);
   void begin_layer(int rank, double now);
   void own_done(int rank, double now);
   void enter_ffn(int rank, double now);
@@ -80,6 +82,7 @@ class Group {
   const Job& job_;
   const int world_, layers_;
   EventQueue events_;
+  Jitter jitter_;
   Links links_;
   std::vector<Lane> lanes_;
   std::vector<Member> members_;

@@ -3,9 +3,13 @@
 
 namespace sidp::sim {
 
+void Group::compute(int rank, double seconds, double now) {
+  devices_[rank].begin(What::own_done, seconds * jitter_.factor(), now);
+}
+
 void Group::begin_layer(int rank, double now) {
   lanes_[rank].phase = Phase::rest;
-  devices_[rank].begin(What::own_done, lanes_[rank].rest_s, now);
+  compute(rank, lanes_[rank].rest_s, now);
 }
 
 void Group::own_done(int rank, double now) {
@@ -67,7 +71,7 @@ void Group::enter_ffn(int rank, double now) {
     lane.stalled_at = now;
     return;
   }
-  devices_[rank].begin(What::own_done, lane.ffn_s, now);
+  compute(rank, lane.ffn_s, now);
 }
 
 void Group::ffn_over(int rank, double now) {
@@ -80,7 +84,7 @@ void Group::ffn_over(int rank, double now) {
     return;
   }
   lane.phase = Phase::once;
-  devices_[rank].begin(What::own_done, lane.once_s, now);
+  compute(rank, lane.once_s, now);
 }
 
 void Group::send(int rank, double now) {
@@ -99,7 +103,7 @@ void Group::send(int rank, double now) {
   result_.ranks[rank].requested_rows += static_cast<std::uint64_t>(lane.work.rows) * lane.awaited;
   if (owner >= 0) return;
   ++lane.awaited;  // this rank's own slice
-  devices_[rank].begin(What::own_done, lane.ffn_s / world_, now);
+  compute(rank, lane.ffn_s / world_, now);
 }
 
 void Group::serve_done(int owner, double now) {

@@ -10,9 +10,10 @@ double or_unlimited(double rate) { return rate > 0 ? rate : std::numeric_limits<
 
 }  // namespace
 
-Links::Links(const Fabric& fabric, int world, EventQueue& events)
+Links::Links(const Fabric& fabric, int world, EventQueue& events, Jitter& jitter)
     : fabric_(fabric),
       events_(events),
+      jitter_(jitter),
       flows_(world),
       readers_(world),
       counted_to_(world, 0),
@@ -31,7 +32,7 @@ void Links::start(int reader, int owner, std::uint64_t bytes, int copies, double
     events_.at(now + flow.left / flow.rate, What::copy_done, reader, ++flow.version);
     return;
   }
-  flow.left += copies * fabric_.copy_bytes;
+  flow.left = (flow.left + copies * fabric_.copy_bytes) * jitter_.factor();
   flow.rate = 0;
   count(owner, now);
   readers_[owner].push_back(reader);
@@ -57,10 +58,13 @@ void Links::count(int owner, double now) {
 void Links::share_again(int owner, double now) {
   const auto n = static_cast<double>(readers_[owner].size());
   if (n == 0) return;
-  const double egress = or_unlimited(fabric_.egress_bytes_per_s) / (1 + fabric_.incast * (n - 1));
-  const double rate = std::min(or_unlimited(fabric_.ingress_bytes_per_s), egress / n);
+  const double egress = or_unlimited(fabric_.egress_bytes_per_s);
+  const double ingress = or_unlimited(fabric_.ingress_bytes_per_s);
+  const double crowded = egress / (1 + fabric_.incast * (n - 1)) / n;
   for (int reader : readers_[owner]) {
     Flow& flow = flows_[reader];
+    const bool first = reader == readers_[owner].front();
+    const double rate = fabric_.turns ? (first ? std::min(ingress, egress) : 0) : std::min(ingress, crowded);
     if (flow.rate == rate) continue;
     if (flow.rate > 0) flow.left = std::max(0.0, flow.left - (now - flow.since) * flow.rate);
     flow.since = now;

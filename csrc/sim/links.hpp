@@ -1,18 +1,19 @@
 // Owners' egress and readers' ingress as a fluid. A reader copies one thing at a time, as its copy engine does; an owner
-// divides its egress evenly among those that read from it.
+// divides its egress evenly among those that read from it, or lets them take turns.
 #pragma once
 
 #include <cstdint>
 #include <vector>
 
 #include "events.hpp"
+#include "jitter.hpp"
 #include "model.hpp"
 
 namespace sidp::sim {
 
 class Links {
  public:
-  Links(const Fabric& fabric, int world, EventQueue& events);
+  Links(const Fabric& fabric, int world, EventQueue& events, Jitter& jitter);
 
   // `reader` begins to copy `bytes` in `copies` pieces from `owner`; a copy_done event with its version() tells the end.
   void start(int reader, int owner, std::uint64_t bytes, int copies, double now);
@@ -37,6 +38,7 @@ class Links {
 
   const Fabric fabric_;
   EventQueue& events_;
+  Jitter& jitter_;
   std::vector<Flow> flows_;                // by reader
   std::vector<std::vector<int>> readers_;  // by owner
   std::vector<double> counted_to_;

@@ -35,6 +35,7 @@ struct Fabric {
   double local_bytes_per_s = 0;    // copying a rank's own extent into its slot; 0: takes no time
   double copy_bytes = 0;           // what issuing a copy costs, as bytes at the full rate
   double incast = 0;               // of n readers of one owner the egress keeps 1 / (1 + incast (n - 1))
+  bool turns = false;              // an owner feeds its readers one after another instead of all at once
   double round_trip_s = 0;         // of a CaS request besides bytes and computing
   double send_row_bytes = 0;       // activations of one row, to one owner
   double reply_row_bytes = 0;
@@ -57,6 +58,8 @@ struct Options {
   int look_every = 16;       // iterations between two looks of the policy at link and fusion
   int batched_tokens = 8192; // rows of an iteration
   int most_requests = 1024;  // running in one batch
+  double jitter = 0;         // each copy and each piece of computing takes 1 +- jitter of its time, drawn evenly
+  std::uint64_t seed = 0;    // of the jitter
   bool trace = false;
 };
 

@@ -17,6 +17,7 @@ COMMANDS = {
     "run-batch": "answer a file of requests (OpenAI batch lines or prompts) over a pool of FFN weights",
     "plan": "say what pooling would bring for a model on a node: KV cache, batch, when fetches are hidden",
     "bench": "measure copies, links, overlap and opening times here, and write a profile for plan and policy",
+    "simulate": "run whole jobs in simulated time: replicas, pools, pipelines, and the paper's experiments",
     "doctor": "say what this machine can do for a pool, what sidp chooses, and why",
 }
 

@@ -7,6 +7,7 @@ and a fabric add to that is assumed, in `Engine` and `Fabric`, the same for ever
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from .._native import C
 from ..config import FFNSpec
@@ -30,12 +31,15 @@ class Engine:
         layer_s: launches and small kernels (norms, rotary, residuals), a layer.
         allreduce_s: latency of one all-reduce of a replica's GPUs; two a layer.
         stage_s: handing a batch to the next stage of a pipeline.
+        jitter: each copy and each piece of computing takes 1 +- this of its time. Without any, ranks in step stay in step for ever, which
+            no real group does (the CPU backend shows it).
     """
 
     host_s: float = 2e-3
     layer_s: float = 20e-6
     allreduce_s: float = 15e-6
     stage_s: float = 30e-6
+    jitter: float = 0.02
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ class Fabric:
         ingress_gbps: what one reader takes.
         incast: with n readers at once an owner's egress keeps 1 / (1 + incast * (n - 1)) of its rate. 0 is a fair fabric that
             loses nothing; no measurement of NVLink is known to us.
+        turns: an owner feeds its readers one after another, each at the full rate, as a lock at each owner would make them; sidp has none.
         copy_bytes: what issuing a copy costs, as bytes at the full rate: 4 MB reach 70 % of it, 16 MB 90 %.
         local_gbps: a rank's own extent into its slot (one H100).
     """
@@ -54,6 +59,7 @@ class Fabric:
     egress_gbps: float | None = None
     ingress_gbps: float | None = None
     incast: float = 0.0
+    turns: bool = False
     copy_bytes: float = 1.7e6
     local_gbps: float = 1481.0
 
@@ -63,7 +69,8 @@ class Fabric:
         made.egress_bytes_per_s = self.egress_gbps * 1e9 if self.egress_gbps else gpu.link_bytes_per_s
         made.ingress_bytes_per_s = self.ingress_gbps * 1e9 if self.ingress_gbps else gpu.link_bytes_per_s
         made.local_bytes_per_s = self.local_gbps * 1e9
-        made.copy_bytes, made.incast, made.round_trip_s = self.copy_bytes, self.incast, gpu.round_trip_s
+        made.copy_bytes, made.incast, made.turns = self.copy_bytes, self.incast, self.turns
+        made.round_trip_s = gpu.round_trip_s
         made.send_row_bytes = model.hidden * model.dtype.itemsize
         made.reply_row_bytes = model.hidden * (4 if striped else model.dtype.itemsize)
         return made
@@ -86,9 +93,7 @@ class Rates:
         if rows > _SERVED_AT_ONCE:
             return self.serve(_SERVED_AT_ONCE) * rows / _SERVED_AT_ONCE
         ratio = next(
-            r0 + (r1 - r0) * (rows - m0) / (m1 - m0)
-            for (m0, r0), (m1, r1) in zip(_SERVE_RATIO, _SERVE_RATIO[1:], strict=False)
-            if rows <= m1
+            r0 + (r1 - r0) * (rows - m0) / (m1 - m0) for (m0, r0), (m1, r1) in pairwise(_SERVE_RATIO) if rows <= m1
         )
         return self.ffn(rows) * ratio
 
@@ -131,4 +136,7 @@ def policies(deployment: Deployment, placement, slots, fabric, rates: Rates) -> 
     link = min(fabric.ingress_bytes_per_s, fabric.egress_bytes_per_s)
     profile = Profile(link / 1e9, tuple((n, rates.ffn(n)) for n in _ROWS), deployment.gpu.round_trip_s)
     parts = deployment.dp if placement.owner(0) < 0 else 1
-    return [build_model(units, placement, rank, slots[rank], profile, parts) for rank in range(deployment.dp)]
+    made = [build_model(units, placement, rank, slots[rank], profile, parts) for rank in range(deployment.dp)]
+    for policy in made:
+        policy.served = C.TimeTable([(n, rates.serve(n) / parts) for n in _ROWS])
+    return made

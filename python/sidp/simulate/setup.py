@@ -29,6 +29,7 @@ class Setup:
         lockstep: all ranks begin an iteration together, and one without requests runs a row for nothing.
         most_requests: running in one batch, as engines limit it.
         kv_tokens: of a rank; None takes what the planner finds room for.
+        seed: of the engine's jitter.
     """
 
     deployment: Deployment
@@ -41,6 +42,7 @@ class Setup:
     lockstep: bool = False
     most_requests: int = 1024
     kv_tokens: int | None = None
+    seed: int = 0
     engine: Engine = field(default_factory=Engine)
     fabric: Fabric = field(default_factory=Fabric)
 
@@ -155,5 +157,5 @@ def _options(setup: Setup, trace: bool):
     options.fuse, options.lockstep = setup.fuse, setup.lockstep
     options.look_every = _LINK_EVERY
     options.batched_tokens, options.most_requests = setup.deployment.batched_tokens, setup.most_requests
-    options.trace = trace
+    options.jitter, options.seed, options.trace = setup.engine.jitter, setup.seed, trace
     return options

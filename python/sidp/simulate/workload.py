@@ -28,9 +28,7 @@ def job(
         seed: of the lengths and the arrivals.
     """
     if count < 1 or prompt < 1 or answer < 1:
-        raise ConfigError(
-            f"a job needs 1 request, prompt and answer token or more, got {count}, {prompt} and {answer}"
-        )
+        raise ConfigError(f"a job needs 1 request, prompt and answer token or more, got {count}, {prompt} and {answer}")
     if not 0 <= spread < 1:
         raise ConfigError(f"spread must be 0 or more and less than 1, got {spread}")
     draw = random.Random(seed)
