@@ -82,7 +82,7 @@ def _attained(context, fetches):
     return SPEC.unit().nbytes / statistics.median(took) / 1e9 if took else 0.0
 
 
-def _simulate(placement, shifting, slots, link * share, owner * share, sleep_s, iterations) -> float:
+def _simulate(placement, shifting, slots, link, owner, sleep_s, iterations) -> float:
     units = [unit_layout(SPEC.unit())] * LAYERS
     native = C.Placement(placement, units, RANKS)
     job = C.SimJob()
