@@ -9,7 +9,6 @@ def print_paper(folder: str | None = None) -> None:
     """Prints every table to standard output; takes minutes. Draws into `folder` if there is one."""
     figures = [*paper.capacity(), *paper.shifting()]
     _print_figures("Capacity and peak shifting", figures)
-    _print_throughput(list(paper.throughput()))
     switched = paper.switching()
     _print_switching(switched)
     _print_ladder()
@@ -37,6 +36,7 @@ def print_paper(folder: str | None = None) -> None:
         from .figures import plot_all
 
         plot_all(folder, switched, placed, rings)
+    _print_throughput(paper.throughput())
 
 
 def _table(title: str, heads, rows) -> None:
