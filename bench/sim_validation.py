@@ -127,7 +127,7 @@ def _h100() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--iterations", type=int, default=12)
+    parser.add_argument("--iterations", type=int, default=30)
     parser.add_argument("--h100", action="store_true")
     args = parser.parse_args()
     if args.h100:
