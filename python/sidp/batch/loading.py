@@ -38,7 +38,7 @@ def load(job, rank: int) -> Loaded:
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    _let_auto_offer_cas(job)
+    _load_kernels_for_cas(job)
     device = choose_device(job.backend, rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -53,14 +53,13 @@ def load(job, rank: int) -> Loaded:
     return Loaded(model, pool, codec, lambda board: _engine(job, board, model, codec))
 
 
-def _let_auto_offer_cas(job) -> None:
-    """With several GPUs: CUDA reads this when it starts, and mode="auto" offers CaS only beside eagerly loaded kernels.
+def _load_kernels_for_cas(job) -> None:
+    """With several GPUs: CUDA reads this when it starts, and CaS wants kernels loaded eagerly.
 
     They take some memory, so that ranks which share one GPU, and read in place, do without.
     """
-    asks = (
-        job.pooled and job.pool_config.get("mode", "auto") in ("auto", "cas") and not job.pool_config.get("host_tier")
-    )
+    modes = ("cas", "auto") if os.environ.get("SIDP_AUTO_CAS") == "1" else ("cas",)
+    asks = job.pooled and job.pool_config.get("mode", "auto") in modes and not job.pool_config.get("host_tier")
     if asks and job.backend != "cpu" and torch.cuda.device_count() > 1:
         os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
 
