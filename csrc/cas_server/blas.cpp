@@ -13,6 +13,10 @@ namespace {
 // Plain LAPACK name (MKL, OpenBLAS, Arm's), then those of the OpenBLAS in the wheels of numpy and scipy-openblas32/64.
 constexpr const char* kSymbols[] = {"sgemm_", "scipy_sgemm_64_", "scipy_sgemm_", "sgemm_64_"};
 
+// OpenBLAS with its own threads: one number for the whole process.
+constexpr const char* kThreadSymbols[] = {"openblas_set_num_threads", "scipy_openblas_set_num_threads64_",
+                                          "scipy_openblas_set_num_threads", "openblas_set_num_threads64_"};
+
 // Asymmetric in every dimension, so that a wrong interface cannot give the right answer.
 bool multiplies_rightly(const Blas& blas) {
   const float x[6] = {1, 2, 3, 4, 5, 6};                          // [2, 3]
@@ -34,7 +38,8 @@ std::shared_ptr<const Blas> Blas::open(const std::vector<std::string>& libraries
   std::string tried;
   for (const std::string& path : libraries) {
     void* library = ::dlopen(path.c_str(), RTLD_NOW | RTLD_NOLOAD);
-    if (library == nullptr) library = ::dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
+    const bool shared = library != nullptr;
+    if (!shared) library = ::dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
     if (library == nullptr) {
       const char* why = ::dlerror();
       tried += "\n  " + path + ": " + (why == nullptr ? "cannot be loaded" : why);
@@ -48,6 +53,9 @@ std::shared_ptr<const Blas> Blas::open(const std::vector<std::string>& libraries
       blas->name_ = path + ":" + symbol;
       blas->mkl_threads_ = reinterpret_cast<int (*)(int)>(::dlsym(library, "MKL_Set_Num_Threads_Local"));
       blas->omp_threads_ = reinterpret_cast<void (*)(int)>(::dlsym(library, "omp_set_num_threads"));
+      for (const char* threads : kThreadSymbols)
+        if (!shared && blas->all_threads_ == nullptr)
+          blas->all_threads_ = reinterpret_cast<void (*)(int)>(::dlsym(library, threads));
       if (multiplies_rightly(*blas)) return blas;
       tried += "\n  " + blas->name_ + ": multiplies wrongly";
     }
@@ -71,6 +79,8 @@ void Blas::use_threads(int count) const {
     mkl_threads_(count);
   } else if (omp_threads_ != nullptr) {
     omp_threads_(count);
+  } else if (all_threads_ != nullptr) {
+    all_threads_(count);
   }
 }
 

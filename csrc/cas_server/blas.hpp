@@ -28,8 +28,8 @@ class Blas {
   void multiply(std::int64_t n, std::int64_t m, std::int64_t k, const float* x, std::int64_t x_pitch, const float* w,
                 std::int64_t w_pitch, bool transposed, bool accumulate, float* c, std::int64_t c_pitch) const;
 
-  // Threads that calls from the calling thread may use; other threads' calls keep theirs. Libraries that cannot tell
-  // threads apart are left alone.
+  // Threads that calls from the calling thread may use; other threads' calls keep theirs. A library that cannot tell
+  // threads apart is left alone where the process had loaded it before, since others compute with it too.
   void use_threads(int count) const;
 
   const std::string& name() const { return name_; }
@@ -38,6 +38,7 @@ class Blas {
   SgemmFunction sgemm_;
   int (*mkl_threads_)(int) = nullptr;
   void (*omp_threads_)(int) = nullptr;
+  void (*all_threads_)(int) = nullptr;  // of the whole library, where it is this one's alone
   std::string name_ = "given";
 };
 

@@ -15,6 +15,9 @@ from sidp.ffn import apply_formula
 # Largest error, relative to the largest value, that an FFN of this size may have in each dtype: the last rounding (half
 # a unit in the last place of values up to the largest), and a few float32 roundings before it.
 BOUND = {torch.float32: 5e-6, torch.bfloat16: 2**-8 + 1e-5, torch.float16: 2**-11 + 1e-5}
+# Mean square error over the unpooled model's own. Owners keep the intermediate in float32, an unpooled 16-bit model rounds
+# it; in float32 both do the same arithmetic and differ by the luck of their last bits.
+RATIO = {torch.float32: 1.02, torch.bfloat16: 0.9, torch.float16: 0.9}
 ROWS = (1, 2, 3, 16, 127, 128, 129, 300)
 
 
@@ -26,9 +29,36 @@ def _variants() -> list[sidp.FFNSpec]:
     return specs
 
 
+def _mean_square(y: torch.Tensor, reference: torch.Tensor) -> float:
+    return ((y.double() - reference).square().mean() / reference.square().mean()).sqrt().item()
+
+
+def _against_the_unpooled_model(ctx, placement: str):
+    torch.set_num_threads(1)
+    ratios = []
+    specs = [sidp.FFNSpec(64, 176, s.activation, s.gated, s.bias, s.dtype) for s in _variants()]
+    with open_pool(specs, mode="cas", placement=placement) as pool:
+        for layer, spec in enumerate(specs):
+            if pool.placement.local(layer, pool.rank):
+                continue
+            x = rows_of(spec, 300, seed=layer)
+            reference = exact(x, spec, layer)
+            unpooled = apply_formula(x, weights_of(spec, layer), spec)
+            ours = sidp.ffn_forward(x, pool, layer)
+            ratios.append((spec, _mean_square(ours, reference) / _mean_square(unpooled, reference)))
+    return ratios
+
+
+@pytest.mark.parametrize("placement", ["layer", "striped"])
+def test_no_further_from_float64_than_the_unpooled_model(placement):
+    measured = [pair for ratios in parallel_launch(_against_the_unpooled_model, 2, placement) for pair in ratios]
+    assert len(measured) >= len(_variants())
+    assert [(spec, ratio) for spec, ratio in measured if ratio > RATIO[spec.dtype]] == []
+
+
 def _every_variant(ctx, placement: str, mode: str):
     torch.set_num_threads(1)
-    failures, worst = [], 0.0
+    failures = []
     specs = _variants()
     with open_pool(specs, mode=mode, placement=placement) as pool:
         for layer, spec in enumerate(specs):
@@ -37,26 +67,27 @@ def _every_variant(ctx, placement: str, mode: str):
             assert y.dtype is x.dtype and y.shape == x.shape
             reference = exact(x, spec, layer)
             ours = error(y, reference)
-            unpooled = error(apply_formula(x, weights_of(spec, layer), spec), reference)
-            worst = max(worst, ours / max(unpooled, 1e-9))
-            bound = 1.0 if pool.placement.local(layer, pool.rank) else BOUND[spec.dtype]
-            if not ours <= min(bound, 2 * unpooled + 2e-6):
-                failures.append((layer, spec, ours, unpooled))
+            if pool.placement.local(layer, pool.rank):  # the model's own arithmetic
+                bound = error(apply_formula(x, weights_of(spec, layer), spec), reference)
+            else:
+                bound = BOUND[spec.dtype]
+            if not ours <= bound:
+                failures.append((layer, spec, ours, bound))
         calls = pool.stats().calls
-    return failures, calls, worst
+    return failures, calls
 
 
 @pytest.mark.parametrize("placement", ["layer", "striped"])
 @pytest.mark.parametrize("world", [2, 3, 4])
-def test_no_further_from_float64_than_the_unpooled_model(world, placement):
-    for failures, calls, _ in parallel_launch(_every_variant, world, placement, "cas", timeout=120):
+def test_every_formula_dtype_and_row_count_keeps_the_bound(world, placement):
+    for failures, calls in parallel_launch(_every_variant, world, placement, "cas", timeout=120):
         assert not failures
         assert calls["was"] == 0 and calls["cas"] > 0
         assert (calls["local"] == 0) == (placement == "striped")
 
 
 def test_a_group_of_one_computes_here():
-    ((failures, calls, _),) = parallel_launch(_every_variant, 1, "layer", "cas", timeout=120)
+    ((failures, calls),) = parallel_launch(_every_variant, 1, "layer", "cas", timeout=120)
     assert not failures
     assert calls["cas"] == 0 and calls["was"] == 0
 

@@ -1,84 +1,48 @@
-// CaS under stress: four ranks of one process, each with a server and a requester, random rows, layers and delays, several
-// layers in flight. Every element of every request carries its own number, and the layers' weights make an exact
-// function of it, so that a torn, late or foreign result is seen. Meant for ThreadSanitizer and AddressSanitizer too.
+// CaS under stress: four ranks, each with a server and a requester, random rows, layers and delays on both sides, several
+// layers in flight. Every element of every request is random, and the layers' weights make an exact function of it, so
+// that a torn, late or foreign result is seen. The ranks are threads, for ThreadSanitizer and AddressSanitizer too,
+// or processes that share nothing but the regions.
 //
-//   cas_stress [requests of all ranks together]
+//   cas_stress [requests of all ranks together] [threads|processes]
+#include <sys/wait.h>
+#include <unistd.h>
+
 #include <atomic>
+#include <chrono>
 #include <cstdio>
-#include <cstdlib>
+#include <cstring>
 #include <deque>
-#include <memory>
+#include <new>
 #include <random>
 #include <string>
 #include <thread>
-#include <vector>
 
-#include "cas_server/cpu_requester.hpp"
-#include "cas_server/cpu_server.hpp"
+#include "cas_group.hpp"
 
 using namespace sidp;
 using namespace sidp::cas;
 using namespace sidp::cas::cpu;
+using namespace sidp::cas::cpu::testing;
 
 namespace {
 
-constexpr int kWorld = 4;
-constexpr int kLayers = 8;
-constexpr std::uint32_t kHidden = 16;
-constexpr std::uint64_t kPool = 77;
 constexpr double kTimeout = 120;
 
-// Column-major, only what Blas::multiply asks for.
-void plain_sgemm(const char* trans, const char*, const std::int64_t* m, const std::int64_t* n, const std::int64_t* k,
-                 const float*, const float* a, const std::int64_t* lda, const float* b, const std::int64_t* ldb,
-                 const float* beta, float* c, const std::int64_t* ldc, std::size_t, std::size_t) {
-  for (std::int64_t j = 0; j < *n; ++j)
-    for (std::int64_t i = 0; i < *m; ++i) {
-      float sum = *beta == 0 ? 0 : c[i + j * *ldc];
-      for (std::int64_t t = 0; t < *k; ++t) sum += (*trans == 'T' ? a[t + i * *lda] : a[i + t * *lda]) * b[t + j * *ldb];
-      c[i + j * *ldc] = sum;
-    }
+std::mt19937& noise() {
+  thread_local std::mt19937 random(std::random_device{}());
+  return random;
 }
 
-// up = (layer + 1) times the identity, down = the identity, relu: y = (layer + 1) x for x >= 0, exactly. In `striped`
-// each owner holds a quarter of the intermediate dimension.
-struct Weights {
-  std::vector<float> up, down;
-  FfnSlice slice;
+void now_and_then_sleep() {
+  if (noise()() % 64 == 0) std::this_thread::sleep_for(std::chrono::microseconds(noise()() % 300));
+}
 
-  Weights(int layer, int owner, bool striped) {
-    const std::uint32_t inner = striped ? kHidden / kWorld : kHidden;
-    const std::uint32_t begin = striped ? inner * static_cast<std::uint32_t>(owner) : 0;
-    up.assign(inner * kHidden, 0);
-    down.assign(kHidden * inner, 0);
-    for (std::uint32_t i = 0; i < inner; ++i) {
-      up[i * kHidden + begin + i] = static_cast<float>(layer + 1);
-      down[(begin + i) * inner + i] = 1;
-    }
-    slice.hidden = kHidden;
-    slice.inner = inner;
-    slice.activation = Activation::relu;
-    slice.up = {reinterpret_cast<const std::byte*>(up.data()), kHidden, false};
-    slice.down = {reinterpret_cast<const std::byte*>(down.data()), inner, false};
-  }
-};
-
-struct Shared {
-  bool striped;
-  Geometry geometry;
-  std::vector<std::unique_ptr<std::byte[]>> memory;
-  std::vector<std::byte*> regions;
-
-  explicit Shared(bool striped_) : striped(striped_), geometry(Geometry::make(kWorld, 2, 8, kHidden, 4, 4)) {
-    for (int rank = 0; rank < kWorld; ++rank) {
-      memory.push_back(std::make_unique<std::byte[]>(geometry.bytes() + kRegionAlignment));
-      auto address = reinterpret_cast<std::uintptr_t>(memory.back().get());
-      address = (address + kRegionAlignment - 1) / kRegionAlignment * kRegionAlignment;
-      regions.push_back(reinterpret_cast<std::byte*>(address));
-      Region(regions.back(), geometry).write_header(kPool);
-    }
-  }
-};
+void slow_sgemm(const char* trans, const char* same, const std::int64_t* m, const std::int64_t* n, const std::int64_t* k,
+                const float* alpha, const float* a, const std::int64_t* lda, const float* b, const std::int64_t* ldb,
+                const float* beta, float* c, const std::int64_t* ldc, std::size_t one, std::size_t other) {
+  now_and_then_sleep();
+  plain_sgemm(trans, same, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc, one, other);
+}
 
 struct Flight {
   CpuRequester::Ticket ticket;
@@ -91,48 +55,67 @@ void check(const Flight& flight) {
     const float expected = flight.x[i] * static_cast<float>(flight.layer + 1);
     if (flight.y[i] == expected) continue;
     std::printf("cas_stress: element %zu of layer %d is %g, expected %g\n", i, flight.layer, flight.y[i], expected);
-    std::exit(1);
+    std::fflush(stdout);
+    std::_Exit(1);
   }
 }
 
-void run_rank(const Shared& shared, int rank, int requests) {
-  RequesterOptions options;
-  options.rank = rank;
-  options.geometry = shared.geometry;
-  options.pool_id = kPool;
-  options.striped = shared.striped;
-  options.regions = shared.regions;
-  for (int layer = 0; layer < kLayers; ++layer) options.layers.push_back({kHidden, Dtype::kFloat32, layer % kWorld});
-  CpuRequester requester(options);
-  std::mt19937 random(static_cast<unsigned>(rank) + 1);
+// Elements compared.
+std::uint64_t run_rank(const Regions& regions, int rank, int requests) {
+  CpuRequester requester(regions.requester_options(rank));
   std::deque<Flight> flights;
-  float number = 1;  // up to 2^20, so that times 8 it stays exact
+  std::uint64_t compared = 0;
   for (int sent = 0; sent < requests || !flights.empty();) {
-    const bool finish = sent == requests || flights.size() == 5 || (!flights.empty() && random() % 3 == 0);
+    const bool finish = sent == requests || flights.size() == 5 || (!flights.empty() && noise()() % 3 == 0);
     if (finish) {
       requester.finish(flights.front().ticket, kTimeout);
       check(flights.front());
+      compared += flights.front().x.size();
       flights.pop_front();
       continue;
     }
     Flight flight;
-    flight.layer = static_cast<int>(random() % kLayers);
-    flight.x.resize((random() % 20) * kHidden);
-    for (float& value : flight.x) value = number = number < 1048576 ? number + 1 : 1;
+    flight.layer = static_cast<int>(noise()() % kLayers);
+    flight.x.resize((noise()() % 20) * kHidden);
+    for (float& value : flight.x) value = static_cast<float>(noise()() & 0xfffff);  // times 8 it is still exact
     flight.y.assign(flight.x.size(), -1);
     flights.push_back(std::move(flight));
     Flight& kept = flights.back();
     kept.ticket = requester.submit(kept.layer, reinterpret_cast<const std::byte*>(kept.x.data()),
                                    reinterpret_cast<std::byte*>(kept.y.data()), kept.x.size() / kHidden, kTimeout);
     ++sent;
-    if (random() % 64 == 0) std::this_thread::sleep_for(std::chrono::microseconds(random() % 300));
+    now_and_then_sleep();
   }
+  return compared;
 }
 
+// What the ranks of one run did, in memory that all of them see.
+struct Totals {
+  std::atomic<std::uint64_t> served{0}, batches{0}, fused{0}, refused{0}, sleeps{0}, compared{0};
+  std::atomic<int> finished{0};
+
+  void add(const ServerStats& stats) {
+    served += stats.requests;
+    batches += stats.batches;
+    fused += stats.fused_batches;
+    refused += stats.refused + stats.broken;
+    sleeps += stats.sleeps;
+  }
+  void print(const char* what, std::chrono::steady_clock::time_point begin) const {
+    const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+    std::printf("cas_stress: %s: %llu requests served in %llu batches, %llu of them fused; %llu elements compared, "
+                "%llu refused, servers slept %llu times, %.1f s\n",
+                what, static_cast<unsigned long long>(served), static_cast<unsigned long long>(batches),
+                static_cast<unsigned long long>(fused), static_cast<unsigned long long>(compared),
+                static_cast<unsigned long long>(refused), static_cast<unsigned long long>(sleeps), seconds);
+    std::fflush(stdout);
+  }
+};
+
 // A requester that writes nonsense: the server must not stumble over it, nor the others.
-void scribble(const Shared& shared, int victim, int requester, std::atomic<bool>& stop) {
+void scribble(const Regions& regions, int victim, int requester, std::atomic<bool>& stop) {
   std::mt19937_64 random(99);
-  const Region region(shared.regions[static_cast<std::size_t>(victim)], shared.geometry);
+  const Region region = regions.region(victim);
   auto* words = reinterpret_cast<std::uint64_t*>(region.request(static_cast<std::uint32_t>(requester), 0));
   std::uint64_t tail = 0;
   while (!stop.load()) {
@@ -143,47 +126,70 @@ void scribble(const Shared& shared, int victim, int requester, std::atomic<bool>
   }
 }
 
-void run(bool striped, int requests, bool scribbled) {
-  const Shared shared(striped);
+void run_threads(bool striped, int requests, bool scribbled) {
+  const auto begin = std::chrono::steady_clock::now();
+  const Regions regions(striped, Regions::Between::threads);
   const int honest = scribbled ? kWorld - 1 : kWorld;
-  std::vector<std::unique_ptr<Weights>> weights;
-  std::vector<std::unique_ptr<CpuServer>> servers;
-  for (int rank = 0; rank < kWorld; ++rank) {
-    ServerOptions options;
-    options.rank = rank;
-    options.geometry = shared.geometry;
-    options.pool_id = kPool;
-    options.striped = striped;
-    options.regions = shared.regions;
-    for (int layer = 0; layer < kLayers; ++layer) {
-      weights.push_back(std::make_unique<Weights>(layer, rank, striped));
-      options.layers.push_back(striped || layer % kWorld == rank ? weights.back()->slice : FfnSlice{});
-    }
-    servers.push_back(std::make_unique<CpuServer>(options, std::make_shared<Blas>(&plain_sgemm)));
-  }
+  Totals totals;
+  std::vector<std::unique_ptr<Owner>> owners;
+  for (int rank = 0; rank < kWorld; ++rank) owners.push_back(std::make_unique<Owner>(regions, rank, &slow_sgemm));
   std::atomic<bool> stop{false};
   std::vector<std::thread> ranks;
   std::vector<std::thread> scribblers;
-  for (int rank = 0; rank < honest; ++rank) ranks.emplace_back(run_rank, std::cref(shared), rank, requests / honest);
+  for (int rank = 0; rank < honest; ++rank)
+    ranks.emplace_back([&, rank] { totals.compared += run_rank(regions, rank, requests / honest); });
   if (scribbled)
     for (int victim = 0; victim < kWorld; ++victim)
-      scribblers.emplace_back(scribble, std::cref(shared), victim, kWorld - 1, std::ref(stop));
+      scribblers.emplace_back(scribble, std::cref(regions), victim, kWorld - 1, std::ref(stop));
   for (std::thread& rank : ranks) rank.join();
   stop = true;
   for (std::thread& scribbler : scribblers) scribbler.join();
-  std::uint64_t served = 0, fused = 0, refused = 0;
-  for (auto& server : servers) {
-    server->stop();
-    const ServerStats stats = server->stats();
-    served += stats.requests;
-    fused += stats.fused_batches;
-    refused += stats.refused + stats.broken;
+  for (auto& owner : owners) {
+    owner->server().stop();
+    totals.add(owner->server().stats());
   }
-  std::printf("cas_stress: %s%s, %llu requests served, %llu batches fused, %llu refused\n", striped ? "striped" : "layer",
-              scribbled ? " beside a scribbler" : "", static_cast<unsigned long long>(served),
-              static_cast<unsigned long long>(fused), static_cast<unsigned long long>(refused));
-  if (scribbled && refused == 0) {
+  totals.print(scribbled ? "threads, layer, beside a scribbler" : striped ? "threads, striped" : "threads, layer", begin);
+  if (scribbled && totals.refused == 0) {
     std::printf("cas_stress: nothing was refused\n");
+    std::exit(1);
+  }
+}
+
+// A rank's own process: it asks, then serves until the others have their answers too.
+int rank_process(const Regions& regions, int rank, int requests, Totals& totals) {
+  Owner owner(regions, rank, &slow_sgemm);
+  totals.compared += run_rank(regions, rank, requests);
+  ++totals.finished;
+  const Deadline deadline = Deadline::after(kTimeout);
+  while (totals.finished < kWorld && !deadline.expired()) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  owner.server().stop();
+  totals.add(owner.server().stats());
+  return totals.finished == kWorld ? 0 : 1;
+}
+
+void run_processes(bool striped, int requests) {
+  const auto begin = std::chrono::steady_clock::now();
+  const Regions regions(striped, Regions::Between::processes);
+  void* memory = mmap(nullptr, sizeof(Totals), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+  if (memory == MAP_FAILED) throw std::runtime_error("no memory for the totals");
+  Totals& totals = *new (memory) Totals;
+  std::vector<pid_t> ranks;
+  for (int rank = 0; rank < kWorld; ++rank) {
+    const pid_t pid = fork();
+    if (pid < 0) throw std::runtime_error("cannot fork");
+    if (pid == 0) std::_Exit(rank_process(regions, rank, requests / kWorld, totals));
+    ranks.push_back(pid);
+  }
+  bool failed = false;
+  for (const pid_t pid : ranks) {
+    int status = 0;
+    waitpid(pid, &status, 0);
+    failed = failed || !WIFEXITED(status) || WEXITSTATUS(status) != 0;
+  }
+  totals.print(striped ? "processes, striped" : "processes, layer", begin);
+  munmap(memory, sizeof(Totals));
+  if (failed) {
+    std::printf("cas_stress: a rank failed\n");
     std::exit(1);
   }
 }
@@ -192,9 +198,15 @@ void run(bool striped, int requests, bool scribbled) {
 
 int main(int argc, char** argv) {
   const int requests = argc > 1 ? std::atoi(argv[1]) : 20000;
-  run(false, requests / 2, false);
-  run(true, requests / 4, false);
-  run(false, requests / 4, true);
+  const std::string between = argc > 2 ? argv[2] : "threads";
+  if (between == "processes") {
+    run_processes(false, requests / 2);
+    run_processes(true, requests / 2);
+  } else {
+    run_threads(false, requests / 2, false);
+    run_threads(true, requests / 4, false);
+    run_threads(false, requests / 4, true);
+  }
   std::printf("cas_stress: ok\n");
   return 0;
 }
