@@ -204,6 +204,39 @@ def test_copy_rate_against_memcpy(benchmark):
     report(benchmark, fetch_gb_s=fetch, memcpy_gb_s=bare, ratio=fetch / bare)
 
 
+# ---- e: what the policy takes of a call ----------------------------------------------------------------------
+
+
+def test_policy_per_call(benchmark):
+    """mode="auto": enter and leave around each of 64 layers, decisions and learning included."""
+    from sidp._native import C
+    from sidp.policy import AutoPolicy
+
+    class Ring:
+        def pause(self): ...
+
+        def resume(self): ...
+
+        def stats(self):
+            return C.RingStats()
+
+    model = C.PolicyModel()
+    model.layers, model.remote_layers, model.fetch_bytes, model.link_bytes_per_s = 64, 48, 60e6, 1e9
+    model.compute = C.TimeTable([(1, 1e-4), (64, 2e-4)])
+    chooser = AutoPolicy(model, Ring(), C.CasRequesterStats)
+
+    def iterations(count: int) -> float:
+        start = time.perf_counter()
+        for index in range(count):
+            for layer in range(64):
+                chooser.enter(layer, 1 if index % 20 < 10 else 4096)
+                chooser.leave()
+        return (time.perf_counter() - start) / (64 * count)
+
+    seconds = benchmark.pedantic(lambda: min(iterations(100) for _ in range(10)), rounds=1, warmup_rounds=1)
+    report(benchmark, policy_us_per_call=seconds * 1e6, decisions_kept=len(chooser.decisions))
+
+
 def test_machine(benchmark):
     """Not a figure: says under what load the others ran."""
     benchmark.pedantic(lambda: None, rounds=1)

@@ -238,8 +238,8 @@ class Group:
                     torch.cuda.synchronize()
                     del graph
         with self.open(mode="auto", placement="layer", slots=self.args.slots) as pool:
-            chooser = pool._dispatch._chooser
-            predicted = crossover_rows(chooser._policy.model)
+            chooser = pool.chooser
+            predicted = crossover_rows(chooser.model)
             chosen = {}
             for rows in self.args.cross_rows:
                 before = pool.stats().calls["cas"]

@@ -156,6 +156,11 @@ void bind_policy(py::module_& m) {
       .def_readwrite("fused_factor", &PolicyModel::fused_factor)
       .def_readwrite("compute", &PolicyModel::compute)
       .def_readwrite("served", &PolicyModel::served);
+  py::class_<Decision>(m, "Decision")
+      .def_readonly("first", &Decision::first)
+      .def_readonly("last", &Decision::last)
+      .def_property_readonly("mode", [](const Decision& d) { return mode_name(d.mode); })
+      .def_property_readonly("text", &Decision::text);
   py::class_<ModePolicy>(m, "ModePolicy")
       .def(py::init([](PolicyModel model, bool timed) { return ModePolicy(std::move(model), PolicyOptions{}, timed); }),
            py::arg("model"), py::arg("timed") = true)
@@ -166,12 +171,20 @@ void bind_policy(py::module_& m) {
              p.learn(cas ? Mode::cas : Mode::was, rows, took, inside);
            }, py::arg("cas"), py::arg("rows"), py::arg("took"), py::arg("inside"))
       .def("best_is_cas", [](const ModePolicy& p, double rows) { return p.best(rows) == Mode::cas; }, py::arg("rows"))
+      .def("pin", [](ModePolicy& p, const std::string& mode) {
+             SIDP_REQUIRE(mode.empty() || mode == "was" || mode == "cas", ConfigError,
+                          "a policy is pinned to 'was', 'cas' or '' for none, got '", mode, "'");
+             p.pin(mode.empty() ? std::nullopt : std::optional<Mode>(mode == "was" ? Mode::was : Mode::cas));
+           }, py::arg("mode"))
       .def("set_link", &ModePolicy::set_link)
       .def("set_fused_factor", &ModePolicy::set_fused_factor)
-      .def_property_readonly("model", &ModePolicy::model)
       .def_property_readonly("mode", [](const ModePolicy& p) { return mode_name(p.mode()); })
       .def_property_readonly("iterations", &ModePolicy::iterations)
       .def_property_readonly("switches", &ModePolicy::switches)
+      .def_property_readonly("model", &ModePolicy::model)
+      .def_property_readonly("decisions", [](const ModePolicy& p) {
+        return std::vector<Decision>(p.decisions().begin(), p.decisions().end());
+      })
       .def_property_readonly("reason", &ModePolicy::reason);
   m.def("predict", [](const PolicyModel& model, double rows, double outside_s) {
     const Prediction p = predict(model, rows, outside_s);

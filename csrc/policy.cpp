@@ -107,18 +107,28 @@ Prediction ModePolicy::corrected(double rows) const {
 }
 
 Mode ModePolicy::best(double rows) const {
+  if (pinned_) return *pinned_;
   const Prediction p = corrected(rows);
   return p.cas_s < p.was_s ? Mode::cas : Mode::was;
 }
 
 void ModePolicy::decide(double rows) {
-  last_ = corrected(rows);
-  last_rows_ = rows;
-  if (since_switch_ < dwell_) return;
-  const double here = mode_ == Mode::was ? last_.was_s : last_.cas_s;
-  const double there = mode_ == Mode::was ? last_.cas_s : last_.was_s;
+  const Prediction expected = corrected(rows);
+  note(choose(expected), rows, expected);
+}
+
+Verdict ModePolicy::choose(const Prediction& expected) {
+  if (pinned_) {
+    if (mode_ != *pinned_) switch_to(*pinned_);
+    return Verdict::pinned;
+  }
+  if (since_switch_ < dwell_) return Verdict::dwells;
+  const double here = mode_ == Mode::was ? expected.was_s : expected.cas_s;
+  const double there = mode_ == Mode::was ? expected.cas_s : expected.was_s;
   confirmed_ = there < (1 - options_.margin) * here ? confirmed_ + 1 : 0;
-  if (confirmed_ >= options_.confirm) switch_to(mode_ == Mode::was ? Mode::cas : Mode::was);
+  if (confirmed_ < options_.confirm) return confirmed_ == 0 ? Verdict::stays : Verdict::confirms;
+  switch_to(mode_ == Mode::was ? Mode::cas : Mode::was);
+  return Verdict::switched;
 }
 
 void ModePolicy::switch_to(Mode mode) {
@@ -131,10 +141,27 @@ void ModePolicy::switch_to(Mode mode) {
   ++switches_;
 }
 
-std::string ModePolicy::reason() const {
-  char text[200];
-  std::snprintf(text, sizeof(text), "%s at %.0f rows: an iteration is expected to take %.3g ms by WaS (fetch %.3g ms) and %.3g ms by CaS",
-                mode_name(mode_), last_rows_, last_.was_s * 1e3, last_.fetch_s * 1e3, last_.cas_s * 1e3);
+void ModePolicy::note(Verdict verdict, double rows, const Prediction& expected) {
+  const bool goes_on = !decisions_.empty() && decisions_.back().mode == mode_ && decisions_.back().verdict == verdict;
+  if (!goes_on) {
+    if (decisions_.size() == kDecisionsKept) decisions_.pop_front();
+    decisions_.push_back({iterations_, iterations_, mode_, verdict, rows, expected});
+    return;
+  }
+  Decision& run = decisions_.back();
+  run.last = iterations_;
+  run.rows = rows;
+  run.expected = expected;
+}
+
+std::string Decision::text() const {
+  const char* why[] = {"the other mode does not promise enough", "it dwells after a switch",
+                       "the other mode promises more, to be confirmed", "switched", "pinned"};
+  char text[240];
+  std::snprintf(text, sizeof(text),
+                "%s at %.0f rows, %s: an iteration is expected to take %.3g ms by WaS (fetch %.3g ms) and %.3g ms by CaS",
+                mode_name(mode), rows, why[static_cast<int>(verdict)], expected.was_s * 1e3, expected.fetch_s * 1e3,
+                expected.cas_s * 1e3);
   return text;
 }
 

@@ -3,6 +3,8 @@
 #pragma once
 
 #include <cstdint>
+#include <deque>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -60,6 +62,27 @@ struct PolicyOptions {
   int longest_dwell = 1024;  // a switch that was taken back doubles the dwell, up to this
 };
 
+// Why an iteration runs in its mode.
+enum class Verdict {
+  stays,      // the other mode does not promise enough
+  dwells,     // a switch was too short a time ago
+  confirms,   // the other mode promises enough, not yet often enough in a row
+  switched,
+  pinned,
+};
+
+// What was decided for a run of iterations that came to the same verdict in the same mode; figures are the last one's.
+struct Decision {
+  std::uint64_t first = 0;  // iterations, from 0
+  std::uint64_t last = 0;
+  Mode mode = Mode::was;
+  Verdict verdict = Verdict::stays;
+  double rows = 0;
+  Prediction expected;      // corrected by what was measured
+
+  std::string text() const;
+};
+
 // Feeds on the calls of one rank: enter() before each FFN call, leave() after it. An iteration ends where the layer numbers
 // stop ascending. What is predicted is corrected by what iterations in that mode really took: by the times of these calls, or
 // (`timed` false, where calls only enqueue work) by what learn() is told later.
@@ -78,14 +101,20 @@ class ModePolicy {
   void set_link(double bytes_per_s) { model_.link_bytes_per_s = bytes_per_s; }
   void set_fused_factor(double factor) { model_.fused_factor = factor < 1 ? 1 : factor; }
 
+  // From the next iteration on `mode`, whatever is expected; none: the policy decides again.
+  void pin(std::optional<Mode> mode) { pinned_ = mode; }
+
   // What is expected to be faster, without hysteresis: for a graph that is captured once for so many rows.
   Mode best(double rows) const;
   Mode mode() const { return mode_; }
   std::uint64_t iterations() const { return iterations_; }
   std::uint64_t switches() const { return switches_; }
   const PolicyModel& model() const { return model_; }
-  // Why the mode is what it is, with the figures of the last decision.
-  std::string reason() const;
+  // Why the mode is what it is, with the figures of the last decision; empty before the first.
+  std::string reason() const { return decisions_.empty() ? "" : decisions_.back().text(); }
+  // The newest kDecisionsKept, oldest first.
+  const std::deque<Decision>& decisions() const { return decisions_; }
+  static constexpr std::size_t kDecisionsKept = 32;
 
  private:
   struct Iteration {
@@ -100,7 +129,9 @@ class ModePolicy {
   void close_iteration();
   Prediction corrected(double rows) const;
   void decide(double rows);
+  Verdict choose(const Prediction& expected);
   void switch_to(Mode mode);
+  void note(Verdict verdict, double rows, const Prediction& expected);
 
   PolicyModel model_;
   PolicyOptions options_;
@@ -110,8 +141,8 @@ class ModePolicy {
   double entered_ = 0;
   double outside_s_ = 0;
   double correction_[2] = {1, 1};  // measured over predicted, by mode
-  Prediction last_;                // corrected
-  double last_rows_ = 0;
+  std::optional<Mode> pinned_;
+  std::deque<Decision> decisions_;
   int confirmed_ = 0;
   int since_switch_ = 0;
   int dwell_;

@@ -122,6 +122,7 @@ void bind_server(py::module_& m) {
 
 void bind_requester(py::module_& m) {
   py::class_<RequesterStats>(m, "CasRequesterStats")
+      .def(py::init<>())
       .def_readonly("requests", &RequesterStats::requests)
       .def_readonly("rows", &RequesterStats::rows)
       .def_readonly("refused", &RequesterStats::refused)

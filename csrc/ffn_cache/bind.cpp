@@ -23,7 +23,8 @@ using cache::TraceEvent;
 std::unique_ptr<Ring> make_ring(const Placement& placement, int rank,
                                 const std::vector<std::pair<std::uintptr_t, std::uintptr_t>>& sources,
                                 std::uintptr_t dead_rank, int slots, bool peak_shifting, bool poison,
-                                double link_bytes_per_s, double owner_bytes_per_s, std::uintptr_t activity, const py::object&) {
+                                double link_bytes_per_s, double owner_bytes_per_s, std::uintptr_t activity, const py::object&,
+                                bool paused) {
   std::vector<Source> list;
   for (const auto& [extents, egress_clock] : sources)
     list.push_back({reinterpret_cast<const std::byte*>(extents), reinterpret_cast<std::uint64_t*>(egress_clock)});
@@ -31,6 +32,7 @@ std::unique_ptr<Ring> make_ring(const Placement& placement, int rank,
   options.slots = slots;
   options.peak_shifting = peak_shifting;
   options.poison = poison;
+  options.paused = paused;
   options.activity = reinterpret_cast<std::uint64_t*>(activity);
   options.limits = {link_bytes_per_s, owner_bytes_per_s};
   return std::make_unique<Ring>(placement, rank, std::move(list), reinterpret_cast<const std::atomic<int>*>(dead_rank),
@@ -60,6 +62,7 @@ py::list trace_list(Ring& ring) {
 
 void bind_ffn_cache(py::module_& m) {
   py::class_<cache::RingStats>(m, "RingStats")
+      .def(py::init<>())
       .def_readonly("fetches", &cache::RingStats::fetches)
       .def_readonly("fetched_bytes", &cache::RingStats::fetched_bytes)
       .def_readonly("stalls", &cache::RingStats::stalls)
@@ -71,7 +74,8 @@ void bind_ffn_cache(py::module_& m) {
       .def(py::init(&make_ring), py::arg("placement"), py::arg("rank"), py::arg("sources"), py::arg("dead_rank"),
            py::arg("slots"), py::arg("peak_shifting") = true, py::arg("poison") = false,
            py::arg("link_bytes_per_s") = 0.0, py::arg("owner_bytes_per_s") = 0.0, py::arg("activity") = 0,
-           py::arg("keep") = py::none(), py::keep_alive<1, 12>())  // `keep`: whatever owns the memory behind the addresses
+           py::arg("keep") = py::none(), py::arg("paused") = false,
+           py::keep_alive<1, 12>())  // `keep`: whatever owns the memory behind the addresses
       .def("acquire", &Ring::acquire, py::arg("layer"), py::arg("timeout_s"), py::call_guard<py::gil_scoped_release>())
       .def("release", &Ring::release, py::arg("layer"))
       .def("pause", &Ring::pause)

@@ -47,6 +47,7 @@ Ring::Ring(const Placement& placement, int rank, std::vector<Source> sources, co
     slot_stride_ = std::max(slot_stride_, align_up(placement.unit(layer).bytes(), kSlotAlignment));
   }
   memory_ = map_memory(bytes());
+  if (options.paused) pause();
   copy_thread_ = std::thread([this] { copy_loop(); });
 }
 

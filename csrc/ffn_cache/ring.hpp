@@ -26,6 +26,7 @@ struct RingOptions {
   int slots = 1;
   bool peak_shifting = true;
   bool poison = false;  // fill a slot with NaN before it is fetched into again
+  bool paused = false;  // until the first use: a rank that reaches its layers in another way touches no slot
   CopyLimits limits;
   std::uint64_t* activity = nullptr;  // counts uses, for peers that wait for this rank to finish
 };

@@ -68,19 +68,19 @@ class Dispatch:
 
     def __init__(self, mode: str, units: Sequence[Unit], client, chooser, device_type: str):
         self._mode, self._formulas = mode, [unit.formula for unit in units]
-        self.client, self._chooser, self._device_type = client, chooser, device_type
+        self.client, self.chooser, self._device_type = client, chooser, device_type
 
     def takes(self, layer: int, x: torch.Tensor) -> bool:
         """Before a call: whether it goes to the owners. Pair it with ``done`` after the call."""
-        if self._chooser is None:
+        if self.chooser is None:
             chosen = self._mode == "cas"
         else:
-            chosen = self._chooser.enter(layer, x.numel() // x.shape[-1] if x.dim() and x.shape[-1] else 0)
+            chosen = self.chooser.enter(layer, x.numel() // x.shape[-1] if x.dim() and x.shape[-1] else 0)
         return chosen and self._can_send(layer, x)
 
     def done(self) -> None:
-        if self._chooser is not None:
-            self._chooser.leave()
+        if self.chooser is not None:
+            self.chooser.leave()
 
     def _can_send(self, layer: int, x: torch.Tensor) -> bool:
         spec = self._formulas[layer]
@@ -93,8 +93,8 @@ class Dispatch:
 
     def why(self, mode: str) -> str:
         """Why the newest call took ``mode``, "was" or "cas"."""
-        if self._chooser is not None:
-            return self._chooser.reason
+        if self.chooser is not None:
+            return self.chooser.reason
         if mode == "cas":
             return "mode='cas' was asked for"
         if self._mode == "cas":
@@ -103,5 +103,5 @@ class Dispatch:
 
     def add_to(self, stats) -> None:
         stats.add_cas(self.client.requester_stats(), self.client.server_stats())
-        if self._chooser is not None:
-            stats.mode_switches = self._chooser.switches
+        if self.chooser is not None:
+            stats.mode_switches, stats.decisions = self.chooser.switches, self.chooser.decisions

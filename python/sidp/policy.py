@@ -23,6 +23,7 @@ from .profile import MachineProfile, find_times
 
 _CALIBRATION_ROWS = (1, 4, 16, 64)
 _CALIBRATION_S = 1.0  # larger row counts are left out once this is spent
+_CALIBRATION_RUNS = 10
 _ROUND_TRIP_S = 150e-6  # of a request between two processes that may both have to be woken
 _LINK_EVERY = 16  # iterations between two looks at the ring's own rate
 
@@ -87,17 +88,18 @@ def auto_may_use_cas(units: Sequence[Unit]) -> bool:
 
 
 def calibrate(run: Callable[[int], None], scale: float = 1.0) -> tuple[tuple[float, float], ...]:
-    """(rows, seconds) of ``run(rows)``, each time multiplied by ``scale``: the better of two runs after a warm one."""
+    """(rows, seconds) of ``run(rows)``, each time multiplied by ``scale``: the best of a few runs after a warm one."""
     begin, points = time.perf_counter(), []
     for rows in _CALIBRATION_ROWS:
         if points and time.perf_counter() - begin > _CALIBRATION_S:
             break
-        took = []
-        for _ in range(3):
+        run(rows)
+        took: list[float] = []
+        while len(took) < 2 or (len(took) < _CALIBRATION_RUNS and sum(took) < _CALIBRATION_S / 10):
             start = time.perf_counter()
             run(rows)
             took.append(time.perf_counter() - start)
-        points.append((float(rows), max(1e-9, min(took[1:]) * scale)))
+        points.append((float(rows), max(1e-9, min(took) * scale)))
     return tuple(points)
 
 
@@ -155,11 +157,40 @@ def start(pool, client, blas) -> AutoPolicy:
     return AutoPolicy(model, pool._ring, client.requester_stats)
 
 
-class AutoPolicy:
+class Chooser:
+    """One rank's choice over a native ModePolicy, and why; what both backends share."""
+
+    def __init__(self, policy):
+        self._policy = policy
+
+    @property
+    def model(self):
+        """The native PolicyModel that predictions come from."""
+        return self._policy.model
+
+    def pin(self, mode: str | None) -> None:
+        """Holds the mode, "was" or "cas", from the next iteration on; None lets the policy choose again."""
+        self._policy.pin(mode or "")
+
+    @property
+    def reason(self) -> str:
+        return self._policy.reason
+
+    @property
+    def decisions(self) -> list[str]:
+        """The newest decisions, oldest first, each with its run of iterations."""
+        return [f"iterations {run.first}-{run.last}: {run.text}" for run in self._policy.decisions]
+
+    @property
+    def switches(self) -> int:
+        return self._policy.switches
+
+
+class AutoPolicy(Chooser):
     """One rank's choice, fed by its own calls; nothing of it is collective."""
 
     def __init__(self, model, ring, requester_stats: Callable[[], object]):
-        self._policy = C.ModePolicy(model)
+        super().__init__(C.ModePolicy(model))
         self._ring, self._requester_stats = ring, requester_stats
         self._cas = False
         self._looked_at = 0
@@ -177,14 +208,6 @@ class AutoPolicy:
 
     def leave(self) -> None:
         self._policy.leave(time.perf_counter())
-
-    @property
-    def reason(self) -> str:
-        return self._policy.reason
-
-    @property
-    def switches(self) -> int:
-        return self._policy.switches
 
     def _look(self) -> None:
         """Now and then: the link as the ring sees it, and how many rows the owners fuse with ours."""

@@ -15,7 +15,7 @@ import torch
 
 from ._native import C
 from .ffn import apply_formula
-from .policy import Profile, build_model
+from .policy import Chooser, Profile, build_model
 
 _COMPUTE_ROWS = (1, 16, 64, 128, 256, 512, 1024, 2048)
 _SERVED_ROWS = (1, 8, 32, 64, 128)
@@ -109,11 +109,11 @@ class _Sample:
         return self.marks[0].elapsed_time(self.marks[-1]) * 1e-3, inside * 1e-3
 
 
-class CudaPolicy:
+class CudaPolicy(Chooser):
     """One rank's choice; nothing of it is collective and nothing waits for the device."""
 
     def __init__(self, model, requester_stats: Callable[[], object]):
-        self._policy = C.ModePolicy(model, timed=False)
+        super().__init__(C.ModePolicy(model, timed=False))
         self._layers = model.layers
         self._requester_stats = requester_stats
         self._rows = self._fused = 0
@@ -162,11 +162,3 @@ class CudaPolicy:
         if seen.rows > self._rows:
             self._policy.set_fused_factor((seen.fused_rows - self._fused) / (seen.rows - self._rows))
         self._rows, self._fused = seen.rows, seen.fused_rows
-
-    @property
-    def reason(self) -> str:
-        return self._policy.reason
-
-    @property
-    def switches(self) -> int:
-        return self._policy.switches

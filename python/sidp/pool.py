@@ -179,6 +179,8 @@ class WeightPool:
                 f"{placement.replicated_bytes} bytes of the weights themselves"
             )
             self.slots = 0
+        elif config.slots is None and config.mode == "cas":
+            self.slots = min(1, self.slots)  # only for what CaS cannot serve
 
     def _cut(self, placement, rank: int) -> int:
         """In the host tier: how much of the rank's share is on its device all the same."""
@@ -313,8 +315,6 @@ class WeightPool:
             client = cas_cpu.CpuCas(*common, blas=blas, **arguments)
             if chooses:
                 chooser = policy.start(self, client, blas)
-            elif self.config.mode == "cas":
-                self._ring.pause()
         return Dispatch(self.config.mode, self.units, client, chooser, self.device.type)
 
     def _make_ring(self):
@@ -325,8 +325,13 @@ class WeightPool:
             self.rank,
             slots=self.slots,
             peak_shifting=self.config.peak_shifting,
+            paused=self._ring_waits(),
             **self._transport.ring_arguments(),
         )
+
+    def _ring_waits(self) -> bool:
+        """Whether nothing is fetched until a call needs it: in mode "cas" most calls do not."""
+        return self.config.mode == "cas" and self._geometry is not None
 
     def _make_gpu_ring(self):
         if self._transport.own_is_remote:  # also where host memory is the fallback: then nothing but residents is here
@@ -492,7 +497,7 @@ class WeightPool:
         """What the pool has done since commit()."""
         replicated = self.placement.replicated_bytes
         owned = self._kept_bytes(self.placement, self._plan_rank)
-        ring_bytes = 0 if self._ring is None else self._ring.bytes
+        ring_bytes = 0 if self._ring is None or self._ring_is_untouched() else self._ring.bytes
         cas_bytes = self._dispatch.client.memory_bytes if self._dispatch is not None and self._on_gpu else 0
         stats = PoolStats(
             rank=self.rank,
@@ -518,6 +523,15 @@ class WeightPool:
         if self._dispatch is not None:
             self._dispatch.add_to(stats)
         return stats
+
+    def _ring_is_untouched(self) -> bool:
+        """On the CPU memory is taken when it is written to first."""
+        return not self._on_gpu and self._ring_waits() and self._ring.stats().fetches == 0
+
+    @property
+    def chooser(self) -> policy.Chooser | None:
+        """What picks the mode of this rank's iterations in mode "auto", and can be pinned; None where nothing is to pick."""
+        return None if self._dispatch is None else self._dispatch.chooser
 
     def _why(self, mode: str) -> str:
         if mode == "local":

@@ -27,6 +27,7 @@ class PoolStats:
         requesters_retired: requesters that died. server_busy_seconds: time the server computed.
         relaunches: (CUDA) launches of the serving kernel that have ended.
         mode_switches: times mode="auto" changed between WaS and CaS.
+        decisions: what mode="auto" decided and why, the newest 32 runs of iterations with one verdict, oldest first.
         repairs: (CUDA) slots that a kernel had to fill itself, after graphs and eager calls had mixed.
         backup_bytes: bytes of other ranks' units that this rank keeps in case one is lost; counted in ``owned_bytes``.
         lost_rank: the rank that the group goes on without, -1 for none. recovery_seconds: how long that took here.
@@ -67,6 +68,7 @@ class PoolStats:
     backup_bytes: int = 0
     lost_rank: int = -1
     recovery_seconds: float = 0.0
+    decisions: list[str] = field(default_factory=list)
     calls: dict[str, int] = field(default_factory=dict)
     last_mode: str = ""
     last_mode_reason: str = ""

@@ -12,12 +12,12 @@ from groups import error, exact, formula, open_pool, rows_of, weights_of
 
 import sidp
 from launch import parallel_launch
-from sidp import cas
+from sidp import cas, cas_cpu
 from sidp._native import C
 
 
 def _library(package: str) -> str:
-    found = [path for path in cas.blas_libraries() if f"/{package}" in path]
+    found = [path for path in cas_cpu.blas_libraries() if f"/{package}" in path]
     if not found:
         there = importlib.util.find_spec(package.split(".")[0]) is not None
         pytest.skip(f"{package} {'brings no library with an sgemm' if there else 'is not installed'}")
@@ -33,9 +33,7 @@ def library(request, monkeypatch) -> str:
 def _slice(spec: sidp.FFNSpec, w: dict[str, torch.Tensor], transposed: bool):
     matrices = {name: w[name].T.contiguous() if transposed else w[name] for name in ("gate", "up", "down")}
     entries = {name: (m.data_ptr(), m.shape[1], transposed) for name, m in matrices.items()}
-    made = C.FfnSlice(
-        spec.hidden_size, spec.intermediate_size, spec.activation, cas.dtype_name(spec.dtype), **entries
-    )
+    made = C.FfnSlice(spec.hidden_size, spec.intermediate_size, spec.activation, cas.dtype_name(spec.dtype), **entries)
     return made, matrices
 
 

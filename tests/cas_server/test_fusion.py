@@ -7,7 +7,7 @@ import torch
 from groups import error, formula, rows_of, weights_of
 
 import sidp
-from sidp import cas
+from sidp import cas, cas_cpu
 from sidp._native import C
 
 WORLD, POOL_ID, ROWS = 5, 0xF00D, 8
@@ -28,7 +28,9 @@ def _serve(spec: sidp.FFNSpec, striped: bool, xs: list[torch.Tensor], fuse: bool
     w = weights_of(spec, 0)
     whole = {name: (w[name].data_ptr(), w[name].shape[1], False) for name in ("gate", "up", "down")}
     held = C.FfnSlice(spec.hidden_size, spec.intermediate_size, "silu", cas.dtype_name(spec.dtype), **whole)
-    empty = C.FfnSlice(spec.hidden_size, 0, "silu", cas.dtype_name(spec.dtype), (0, 0, False), (0, 0, False), (0, 0, False))
+    empty = C.FfnSlice(
+        spec.hidden_size, 0, "silu", cas.dtype_name(spec.dtype), (0, 0, False), (0, 0, False), (0, 0, False)
+    )
     remote = [C.RemoteLayer(spec.hidden_size, cas.dtype_name(spec.dtype), 0)]
     requesters = [C.CasRequester(rank, layers=remote, **common) for rank in range(1, WORLD)]
     ys = [torch.empty_like(x) for x in xs]
@@ -36,12 +38,10 @@ def _serve(spec: sidp.FFNSpec, striped: bool, xs: list[torch.Tensor], fuse: bool
         requester.submit(0, x.data_ptr(), y.data_ptr(), x.shape[0], 10.0)
         for requester, x, y in zip(requesters, xs, ys, strict=True)
     ]
-    blas = C.open_blas(cas.blas_libraries())
+    blas = C.open_blas(cas_cpu.blas_libraries())
     # In `striped` all owners answer; the others hold nothing of the intermediate dimension.
     owners = range(WORLD) if striped else range(1)
-    servers = [
-        C.CasServer(rank, layers=[empty if rank else held], blas=blas, fuse=fuse, **common) for rank in owners
-    ]
+    servers = [C.CasServer(rank, layers=[empty if rank else held], blas=blas, fuse=fuse, **common) for rank in owners]
     for requester, ticket in zip(requesters, tickets, strict=True):
         requester.finish(ticket, 20.0)
     for server in servers:

@@ -44,7 +44,7 @@ def test_one_rank_in_was_beside_one_in_cas(placement):
 class _Alternating:
     """A policy that changes the mode every iteration."""
 
-    reason = "this test alternates"
+    reason, decisions = "this test alternates", ()
 
     def __init__(self, ring, first_cas: bool):
         self._ring, self._cas, self.switches = ring, not first_cas, 0
@@ -62,11 +62,11 @@ class _Alternating:
 
 def _switching(ctx, placement: str):
     with open_pool(SPECS, mode="cas", placement=placement) as pool:
-        pool._dispatch._chooser = _Alternating(pool._ring, first_cas=ctx.rank % 2 == 0)
+        pool._dispatch.chooser = _Alternating(pool._ring, first_cas=ctx.rank % 2 == 0)
         bad = []
         for seed in range(12):
             equal, worst = _forward(pool, seed)
-            if worst >= 5e-6 or not (equal or pool._dispatch._chooser._cas):
+            if worst >= 5e-6 or not (equal or pool._dispatch.chooser._cas):
                 bad.append(seed)
         stats = pool.stats()
     return bad, stats.restarts, stats.calls["was"], stats.calls["cas"], stats.pauses

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from groups import error, exact, open_pool, rows_of
@@ -63,6 +65,33 @@ def test_switches_down_and_back_with_the_rows():
     assert "WaS" in chooser.reason and "4096 rows" in chooser.reason
 
 
+def test_every_decision_says_why():
+    chooser = C.ModePolicy(_model())
+    assert chooser.reason == "" and chooser.decisions == []
+    _, clock = _drive(chooser, 1, 20, {"was": 60e-3, "cas": 9e-3}, 0.0)
+    runs = chooser.decisions
+    assert [run.first for run in runs] == [0, *(run.last + 1 for run in runs[:-1])] and runs[-1].last == 19
+    words = [run.text for run in runs]
+    assert "dwells" in words[0] and any("to be confirmed" in text for text in words)
+    assert [run.mode for run in runs if "switched" in run.text] == ["cas"]
+    assert "cas at 1 rows, the other mode does not promise enough" in words[-1] and words[-1] == chooser.reason
+    for rows in range(1, 400):
+        _, clock = _drive(chooser, 1 if rows % 2 else 4096, 7, {"was": 60e-3, "cas": 9e-3}, clock)
+    assert len(chooser.decisions) <= 32  # and not one for each of 3,000 iterations
+
+
+def test_a_pinned_mode_holds_until_it_is_let_go():
+    chooser = C.ModePolicy(_model())
+    chooser.pin("cas")
+    modes, clock = _drive(chooser, 4096, 6, {"was": 1.0, "cas": 1.7}, 0.0)
+    assert set(modes) == {"cas"} and chooser.best_is_cas(4096) and "pinned" in chooser.reason
+    chooser.pin("")
+    modes, _ = _drive(chooser, 4096, 20, {"was": 1.0, "cas": 1.7}, clock)
+    assert modes[-1] == "was"
+    with pytest.raises(sidp.ConfigError, match="fast"):
+        chooser.pin("fast")
+
+
 def test_a_wrong_guess_is_taken_back_and_not_repeated():
     chooser = C.ModePolicy(_model())
     modes, _ = _drive(chooser, 1, 300, {"was": 60e-3, "cas": 200e-3}, 0.0)  # CaS promises 7 ms and takes 200
@@ -117,12 +146,67 @@ def _auto_with_a_slow_link(ctx):
             for layer in range(8):
                 worst = max(worst, error(sidp.ffn_forward(rows_of(spec, 1), pool, layer), references[layer]))
         stats = pool.stats()
-    return worst, stats.calls, stats.mode_switches, stats.pauses
+    return worst, stats.calls, stats.mode_switches, stats.pauses, stats.decisions
 
 
 def test_auto_takes_cas_where_the_link_is_slow(monkeypatch):
     monkeypatch.setenv("SIDP_CPU_LINK_GBPS", "0.05")  # 4 units of 0.8 MB: 63 ms an iteration
-    for worst, calls, switches, pauses in parallel_launch(_auto_with_a_slow_link, 2, timeout=120):
+    for worst, calls, switches, pauses, decisions in parallel_launch(_auto_with_a_slow_link, 2, timeout=120):
+        assert decisions[0].startswith("iterations 0-") and any("switched" in text for text in decisions)
         assert worst < 5e-6
         assert calls["cas"] > 0 and calls["was"] > 0
         assert switches >= 1 and pauses >= 1
+
+
+def _back_from_cas(ctx):
+    """Bytes fetched while in CaS, and stalls of the iterations after the switch back."""
+    spec = sidp.FFNSpec(64, 256, dtype=torch.float32)
+    specs = [spec] * 8
+    with open_pool(specs, mode="auto") as pool:
+        x, seen = rows_of(spec, 1), []
+
+        def iterate(mode: str, iterations: int):
+            pool.chooser.pin(mode)
+            for _ in range(iterations):
+                for layer in range(8):
+                    time.sleep(0.003)  # of a layer outside its FFN; a fetch takes 0.4 ms at the cap
+                    sidp.ffn_forward(x, pool, layer)
+            return pool.stats()
+
+        for _ in range(3):
+            iterate("was", 2)
+            iterate("cas", 1)  # what was under way ends
+            before = pool.stats()
+            during = iterate("cas", 3)
+            iterate("was", 1)  # the first one is cold
+            warm, after = pool.stats(), iterate("was", 4)
+            seen.append((during.fetches - before.fetches, after.fetches - warm.fetches, after.stalls - warm.stalls))
+        restarts = pool.stats().restarts
+    return seen, restarts
+
+
+def test_the_link_is_free_in_cas_and_the_prefetch_is_warm_after_it(monkeypatch):
+    monkeypatch.setenv("SIDP_CPU_LINK_GBPS", "0.5")
+    monkeypatch.setenv("SIDP_SLOTS", "2")
+    for seen, restarts in parallel_launch(_back_from_cas, 2, timeout=120):
+        assert restarts == 0
+        for in_cas, in_was, _ in seen:
+            assert in_cas == 0 and in_was >= 4 * 4 - 2
+        assert min(stalls for *_, stalls in seen) <= 4  # 16 uses; a loaded machine may be late now and then
+
+
+def _cas_touches_no_slot(ctx):
+    spec = sidp.FFNSpec(32, 64, dtype=torch.float32)
+    with open_pool([spec] * 8, mode="cas") as pool:
+        for layer in range(8):
+            sidp.ffn_forward(rows_of(spec, 1), pool, layer)
+        untouched = pool.stats()
+        with torch.autocast("cpu", dtype=torch.bfloat16):  # what CaS does not take
+            remote = next(layer for layer in range(8) if not pool.placement.local(layer, pool.rank))
+            sidp.ffn_forward(rows_of(spec, 1), pool, remote)
+        stats = pool.stats()
+    return untouched.fetches, untouched.ring_bytes, stats.slots, stats.ring_bytes > 0, stats.fetches > 0
+
+
+def test_mode_cas_has_one_slot_and_fills_it_only_when_it_must():
+    assert parallel_launch(_cas_touches_no_slot, 2) == [(0, 0, 1, True, True)] * 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 
 import pytest
 import torch
@@ -53,6 +54,91 @@ def test_a_lost_owner_is_named(placement, sig):
     assert lost.error == "PeerError", lost
     assert lost.attributes["rank"] == 2
     assert ("died" if sig == signal.SIGKILL else "did not answer within 1.5 s") in lost.message
+
+
+def _in_the_middle(ctx, placement: str):
+    """Rank 0 asks rank 1 while that is stopped, so that the request is under way for certain."""
+    pool = open_pool(SPECS, mode="cas", placement=placement, slots=1, timeout_s=30.0)
+    if ctx.rank == 1:
+        ctx.say("serving")
+        ctx.hear("close", 60)
+        pool.close()
+        return None
+    ctx.hear("stopped")
+    ctx.say("asking")
+    begin = time.monotonic()
+    with pool:
+        x = rows_of(SPEC, 300)  # more than one piece
+        y = sidp.ffn_forward(x, pool, 1)
+    return time.monotonic() - begin, error(y, exact(x, SPEC, 1))
+
+
+@pytest.mark.parametrize("placement", ["layer", "striped"])
+def test_an_owner_killed_in_the_middle_of_a_request(placement):
+    with start(_in_the_middle, 2, placement, timeout=60) as ranks:
+        ranks.wait_for("serving", [1])
+        ranks.kill(1, signal.SIGSTOP)
+        ranks.tell("stopped", ranks=[0])
+        ranks.wait_for("asking", [0])
+        time.sleep(0.5)
+        ranks.kill(1, signal.SIGKILL)
+        killed = time.monotonic()
+        lost = ranks.join()[0]
+    assert lost.error == "PeerError" and lost.attributes["rank"] == 1 and "died" in lost.message, lost
+    assert time.monotonic() - killed < 15  # the pool's own timeout is 30
+
+
+@pytest.mark.parametrize("placement", ["layer", "striped"])
+def test_an_owner_stopped_for_less_than_the_timeout_is_only_late(placement):
+    with start(_in_the_middle, 2, placement, timeout=60) as ranks:
+        ranks.wait_for("serving", [1])
+        ranks.kill(1, signal.SIGSTOP)
+        ranks.tell("stopped", ranks=[0])
+        ranks.wait_for("asking", [0])
+        time.sleep(1.0)
+        ranks.kill(1, signal.SIGCONT)
+        ranks.tell("close", ranks=[1])
+        outcomes = ranks.join()
+    assert [out.error for out in outcomes] == ["", ""], outcomes
+    took, worst = outcomes[0].value
+    assert took > 0.9 and worst < 5e-6
+
+
+def _asks_and_is_stopped(ctx):
+    pool = open_pool(SPECS, mode="cas", timeout_s=30.0)
+    mine = [layer for layer in range(len(SPECS)) if pool.placement.owner(layer) in (0, 1)]
+    worst, rounds = 0.0, 0
+    ctx.say("ready")
+    if ctx.rank == 2:
+        end = ctx.tmp / "end"
+        while not end.exists():
+            for layer in mine:
+                x = rows_of(SPEC, 2 + rounds % 9, seed=rounds)
+                worst = max(worst, error(sidp.ffn_forward(x, pool, layer), exact(x, SPEC, layer)))
+            rounds += 1
+        pool.close()
+        return worst, rounds
+    ctx.hear("stopped")
+    for step in range(20):
+        for layer in mine:
+            x = rows_of(SPEC, 3, seed=step)
+            worst = max(worst, error(sidp.ffn_forward(x, pool, layer), exact(x, SPEC, layer)))
+    ctx.say("went on", pool.stats().requesters_retired)
+    pool.close()
+    return worst, 20
+
+
+def test_a_stopped_requester_holds_nobody_up_and_goes_on_later():
+    with start(_asks_and_is_stopped, 3, timeout=60) as ranks:
+        ranks.wait_for("ready")
+        ranks.kill(2, signal.SIGSTOP)
+        ranks.tell("stopped", ranks=[0, 1])
+        ranks.wait_for("went on", [0, 1])
+        ranks.kill(2, signal.SIGCONT)
+        (ranks._tmp / "end").touch()
+        outcomes = ranks.join()
+    assert [out.error for out in outcomes] == ["", "", ""], outcomes
+    assert all(out.value[0] < 5e-6 and out.value[1] > 0 for out in outcomes)
 
 
 def _others_go_on(ctx):

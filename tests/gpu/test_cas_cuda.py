@@ -124,13 +124,13 @@ def test_cas_processes_beside_ranks_in_was(placement):
 def auto_body(ctx):
     weights = weights_of(WIDE)
     with open_pool(ctx, WIDE, weights, mode="auto") as pool:
-        chooser, bad = pool._dispatch._chooser, 0
+        chooser, bad = pool._dispatch.chooser, 0
         for seed in range(120):
             x = rows_of(1 if seed < 60 else 2048, seed)
             for layer in range(LAYERS):
                 ours, plain = errors(ffn_forward(x, pool, layer), x, weights[layer], WIDE)
                 bad += not ours <= plain
-        model = chooser._policy.reason
+        model = chooser.reason
         return bad, sum(pool.stats().calls.values()), model, pool.stats().last_mode_reason
 
 

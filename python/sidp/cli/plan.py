@@ -6,11 +6,18 @@ unless --gpu measured takes them from a profile that `sidp bench --profile FILE`
 
   sidp plan --model Llama-3.1-70B --gpu h200 --dp 8 --tp 1
   sidp plan --model path/to/model --gpu measured --profile h100.json --dp 4 --seq 4096 --json
+
+With --crossover it does the one thing that has to be measured: it starts --dp ranks on this machine, runs iterations of
+one rank in both modes, the others idle, and prints from how many rows on WaS is faster than CaS, predicted and measured.
+
+  sidp plan --crossover --dp 2 --hidden 512 --inner 2048 --layers 8 --link-gbps 0.5
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 
 from ..errors import ConfigError
 from .checks import need, plot_target, positive
@@ -19,11 +26,10 @@ from .checks import need, plot_target, positive
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
-        required=True,
         metavar="NAME|PATH",
         help="Qwen3-32B, Llama-3.1-70B, Qwen2.5-72B, Llama-3.1-8B, a config.json, or a folder that holds one",
     )
-    parser.add_argument("--gpu", required=True, metavar="h20|h20-141|h100|h200|b200|measured", help="the GPU's kind")
+    parser.add_argument("--gpu", metavar="h20|h20-141|h100|h200|b200|measured", help="the GPU's kind")
     parser.add_argument("--profile", metavar="FILE.json", help="the measured rates, for --gpu measured")
     parser.add_argument("--dp", type=positive, required=True, metavar="N", help="replicas that share the pool")
     parser.add_argument("--tp", type=positive, default=1, metavar="N", help="GPUs of a replica (default: 1)")
@@ -68,10 +74,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print the plan as JSON instead of tables")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the memory of a GPU and the crossover")
+    crossover = parser.add_argument_group("measuring here (with --crossover; --model and --gpu are not needed)")
+    crossover.add_argument("--crossover", action="store_true", help="run both modes on this machine's ranks")
+    crossover.add_argument("--hidden", type=positive, default=512, metavar="N", help="of the FFN (default: 512)")
+    crossover.add_argument("--inner", type=positive, default=2048, metavar="N", help="of the FFN (default: 2048)")
+    crossover.add_argument("--layers", type=positive, default=8, metavar="N", help="of an iteration (default: 8)")
+    crossover.add_argument(
+        "--rows", type=positive, nargs="+", metavar="N", help="to run, ascending (default: 1 ... 512)"
+    )
+    crossover.add_argument(
+        "--link-gbps", type=float, metavar="X", help="cap that stands for the link on the CPU (default there: 0.5)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Exit code 0, whatever the plan advises."""
+    if args.crossover:
+        return _crossover(args)
+    missing = [name for name in ("model", "gpu") if getattr(args, name) is None]
+    if missing:
+        raise ConfigError(f"sidp plan needs --{' and --'.join(missing)}, or --crossover to measure on this machine")
     need("plan", *(() if args.json else ("rich",)), *(("matplotlib",) if args.plot else ()))
     plot_target(args.plot)
     from ..planner.advice import make_plan
@@ -105,4 +127,34 @@ def run(args: argparse.Namespace) -> int:
         print_tables(plan)
         if args.plot:
             print(f"drawn: {args.plot}")
+    return 0
+
+
+def _crossover(args: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    import torch
+
+    from .._native import C
+    from ..config import FFNSpec
+    from ..planner.measured import ROWS, measure, print_crossover
+
+    on_gpu = C.with_cuda and torch.cuda.is_available()
+    if on_gpu:  # the ranks inherit it; without it CaS is not offered
+        os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
+    link = args.link_gbps if args.link_gbps is not None or on_gpu else 0.5
+    if link is not None and not 0 < link < 1e6:
+        raise ConfigError(f"--link-gbps must be a positive number, got {link}")
+    dtype = getattr(torch, args.dtype or ("bfloat16" if on_gpu else "float32"))
+    spec = FFNSpec(args.hidden, args.inner, dtype=dtype)
+    placement = args.placement or "layer"
+    found = measure(spec, args.layers, args.dp, placement, args.rows or ROWS, link)
+    if args.json:
+        print(json.dumps(asdict(found), indent=2))
+        return 0
+    capped = "" if on_gpu else f", {link:g} GB/s a rank"
+    print_crossover(
+        found,
+        f"{args.dp} ranks, {placement} placement, {args.layers} layers of {args.hidden} x {args.inner} {str(dtype)[6:]}{capped}",
+    )
     return 0
