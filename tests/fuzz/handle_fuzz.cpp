@@ -70,7 +70,7 @@ void try_arena_handle(std::string record) {
 void try_device_handle(std::string record) {
   mend_checksum(record);
   may_refuse([&] {
-    const CudaHandle handle = decode_cuda_handle(record, kExpected);
+    const CudaHandle handle = decode_cuda_handle(record, kExpected, DeviceMemoryKind::ipc);
     require(handle.total_bytes == cuda_total_bytes(kExtents) && handle.extent_bytes == kExtents, "other sizes were taken");
     require(handle.rank == kExpected.rank && handle.token == kExpected.token, "another rank's handle was taken");
   });
