@@ -77,15 +77,17 @@ def measure(
 
 
 def crossing(points: Sequence[Point]) -> float | None:
-    """The rows at which WaS and CaS take the same time, on the line between the two points where the order changes last."""
-    found = None
+    """The rows from which WaS is no slower than CaS: on the line between the first two points where that changes.
+
+    Beyond it both compute all the time and take nearly the same, so that later changes of order mean little.
+    """
+    if points and points[0].was <= points[0].cas:
+        return float(points[0].rows)
     for before, after in pairwise(points):
         low, high = before.was - before.cas, after.was - after.cas
         if low > 0 >= high:
-            found = before.rows + (after.rows - before.rows) * low / (low - high)
-    if found is None and points and points[0].was <= points[0].cas and all(p.was <= p.cas for p in points):
-        return float(points[0].rows)
-    return found
+            return before.rows + (after.rows - before.rows) * low / (low - high)
+    return None
 
 
 def _rank(context: RankContext, spec: FFNSpec, layers: int, placement: str, rows: tuple[int, ...], link_gbps):
