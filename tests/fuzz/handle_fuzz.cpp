@@ -111,6 +111,7 @@ std::string good_device_handle() {
   handle.world_size = kExpected.world_size;
   handle.token = kExpected.token;
   handle.total_bytes = cuda_total_bytes(kExtents);
+  handle.mapped_bytes = handle.total_bytes;
   handle.extent_bytes = kExtents;
   handle.probe_offset = cuda_probe_offset(kExtents);
   handle.owner = ProcessIdentity::current();

@@ -140,7 +140,8 @@ def _crossover(args: argparse.Namespace) -> int:
     from ..planner.measured import ROWS, measure, print_crossover
 
     on_gpu = C.with_cuda and torch.cuda.is_available()
-    if on_gpu:  # the ranks inherit it; without it CaS is not offered
+    if on_gpu:  # the ranks inherit both: there "auto" considers CaS by wish only, and with lazy loading it may time out
+        os.environ.setdefault("SIDP_AUTO_CAS", "1")
         os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
     link = args.link_gbps if args.link_gbps is not None or on_gpu else 0.5
     if link is not None and not 0 < link < 1e6:
