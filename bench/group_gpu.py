@@ -18,12 +18,12 @@ import argparse
 import json
 import os
 import socket
-import statistics
 import time
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from was_gpu import timed
 
 from sidp import FFNSpec, PoolConfig, WeightPool, ffn_forward
 from sidp._native import C
@@ -41,19 +41,6 @@ def weights_of(spec: FFNSpec, layer: int) -> dict[str, torch.Tensor]:
         values = torch.randn(tensor.shape, generator=generator, device="cuda", dtype=torch.bfloat16)
         made[tensor.name] = values.mul_(tensor.shape[-1] ** -0.5)
     return made
-
-
-def event_ms(run, repeats: int) -> float:
-    times = []
-    for i in range(repeats + 1):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-        if i:
-            times.append(begin.elapsed_time(end))
-    return statistics.median(times)
 
 
 class Group:
@@ -84,7 +71,7 @@ class Group:
 
     def timed(self, run, repeats: int | None = None) -> float:
         dist.barrier()
-        return self.slowest(event_ms(run, repeats or self.args.repeats))
+        return self.slowest(timed(run, repeats or self.args.repeats))
 
     def open(self, **config) -> WeightPool:
         config = {"timeout_s": 60, "force_fetch": True, "device": "cuda"} | config
@@ -213,7 +200,7 @@ class Group:
                     together = self.timed(graph.replay) / count
                     dist.barrier()
                     if self.rank == 0:  # the others only serve
-                        alone = event_ms(graph.replay, self.args.repeats) / count
+                        alone = timed(graph.replay, self.args.repeats) / count
                     alone = self.slowest(alone if self.rank == 0 else 0.0)
                     cublas = self.timed(bare.replay) / count
                     remote = self.nbytes * (1 if placement == "layer" else (self.args.ranks - 1) / self.args.ranks)
@@ -272,7 +259,7 @@ class Group:
                         lambda pool=pool: [self._step(pool, x, layer) for layer in range(self.args.layers)], 5
                     )
                 dist.barrier()
-                took = event_ms(lambda pool=pool: self.iterate(pool, x), 9) if self.rank == 0 else 0.0
+                took = timed(lambda pool=pool: self.iterate(pool, x), 9) if self.rank == 0 else 0.0
                 ladder[f"cas, {name}"] = self.slowest(took)
         self.report(part="tail", ms=ladder, gain={k: ladder["gather"] / v for k, v in ladder.items()})
 
