@@ -291,6 +291,8 @@ def _parse_failure(record: bytes, world_size: int) -> SidpError:
         notice = json.loads(record[: 8 * _MAX_TEXT])
         rank, peer, message = int(notice["rank"]), int(notice["peer"]), str(notice["message"])[:_MAX_TEXT]
         kind = _ERRORS[notice["type"]]
+        if not 0 <= rank < world_size:
+            raise ValueError(f"it names rank {str(rank)[:20]} of {world_size}")
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         return SidpError(f"a rank failed, and what it published cannot be read: {error}")
     text = f"rank {rank}: {message}"

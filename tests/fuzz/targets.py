@@ -95,7 +95,7 @@ def control(data: bytes) -> None:
     else:
         error = _parse_failure(rest, 4)
         assert isinstance(error, SidpError)
-        assert not isinstance(error, PeerError) or 0 <= error.rank < 1 << 31
+        assert not isinstance(error, PeerError) or 0 <= error.rank < 4
 
 
 TARGETS = {"lines": lines, "safetensors": safetensors, "index": index, "control": control}
