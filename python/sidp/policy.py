@@ -145,16 +145,16 @@ def crossover_rows(model, outside_s: float = 0.0, limit: int = 65536) -> int | N
     return None if rows > limit else rows
 
 
-def start(pool, client, blas) -> AutoPolicy:
+def start(plan, ring, client, blas) -> AutoPolicy:
     """The policy of a pool that is being committed: from SIDP_PROFILE, or measured here and now."""
-    parts = pool.world_size if pool.config.placement == "striped" else 1
+    parts = plan.world_size if plan.striped else 1
     path = os.environ.get("SIDP_PROFILE")
     if path:
-        profile = Profile.load(path, pool.units)
+        profile = Profile.load(path, plan.units)
     else:
-        profile = Profile(cap_bytes_per_s() / 1e9, measure_compute(client.slices, pool.units, blas))
-    model = build_model(pool.units, pool.placement, pool.rank, pool.slots, profile, parts)
-    return AutoPolicy(model, pool._ring, client.requester_stats)
+        profile = Profile(cap_bytes_per_s() / 1e9, measure_compute(client.slices, plan.units, blas))
+    model = build_model(plan.units, plan.placement, plan.rank, plan.slots, profile, parts)
+    return AutoPolicy(model, ring, client.requester_stats)
 
 
 class Chooser:

@@ -64,23 +64,23 @@ def measure_served(client) -> list[tuple[float, float]]:
     return [(float(n), _seconds(partial(client.forward_here, layer, x[:n]))) for n in _SERVED_ROWS]
 
 
-def measure_link(pool, transport) -> float:
+def measure_link(plan, transport) -> float:
     """GB/s at which this rank copies from the next one."""
-    owner = (pool.rank + 1) % pool.world_size
-    nbytes = min(_LINK_BYTES, pool.placement.arena_bytes(owner))
-    return C.cuda_copy_rate(transport.source(owner), nbytes, pool.device.index) / 1e9 if nbytes else 0.0
+    owner = (plan.rank + 1) % plan.world_size
+    nbytes = min(_LINK_BYTES, plan.placement.arena_bytes(owner))
+    return C.cuda_copy_rate(transport.source(owner), nbytes, plan.device.index) / 1e9 if nbytes else 0.0
 
 
-def start(pool, client, transport) -> CudaPolicy:
+def start(plan, client, transport) -> CudaPolicy:
     """The policy of a pool that is being committed: from SIDP_PROFILE, or measured here and now."""
     path = os.environ.get("SIDP_PROFILE")
-    with torch.cuda.device(pool.device), torch.no_grad():
+    with torch.cuda.device(plan.device), torch.no_grad():
         if path:
-            profile = Profile.load(path, pool.units)
+            profile = Profile.load(path, plan.units)
         else:
-            profile = Profile(measure_link(pool, transport), measure_compute(client, pool.units), _ROUND_TRIP_S)
-        parts = pool.world_size if pool.config.placement == "striped" else 1
-        model = build_model(pool.units, pool.placement, pool.rank, pool.slots, profile, parts)
+            profile = Profile(measure_link(plan, transport), measure_compute(client, plan.units), _ROUND_TRIP_S)
+        parts = plan.world_size if plan.striped else 1
+        model = build_model(plan.units, plan.placement, plan.rank, plan.slots, profile, parts)
         served = measure_served(client)
         if served:
             model.served = C.TimeTable(served)
