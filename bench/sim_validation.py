@@ -1,9 +1,10 @@
 """The simulator against the CPU backend: iterations of 4 processes under capped links. Run: python bench/sim_validation.py
 
 SIDP_CPU_LINK_GBPS caps what a reader takes in, SIDP_CPU_OWNER_GBPS what an owner gives out to all of its readers. A layer's compute
-is a sleep, so that four ranks fit two cores; the simulator is given the sleep as it really takes (the mean of every rank's), the
-caps as one reader alone attains them (a capped copy oversleeps), the placement, the slots and its usual jitter. Nothing is
-fitted to the iterations. --h100 compares with the recorded iterations of one H100 and its host tier, and runs nothing.
+is a sleep, so that four ranks fit two cores. The simulator is given the placement, the slots, the caps, the copy engine's slices, and
+what runs of another shape showed just before and after: in two groups of two, where every owner has one reader, how much longer
+than its bytes a slice takes, and how late a waiting thread wakes. Sleeps are drawn from those that this case's ranks measured.
+Nothing is fitted to an iteration; of what the draws give, the median over seeds is shown, and the range. --h100 compares with recorded iterations of one and of two H100s, and runs nothing.
 """
 
 from __future__ import annotations
@@ -19,9 +20,8 @@ from sidp import FFNSpec, PoolConfig, WeightPool
 from sidp._native import C
 from sidp.launch import launch
 from sidp.shares import unit_layout
-from sidp.simulate.machine import Engine
 
-RANKS, LAYERS, WARM = 4, 16, 3
+RANKS, LAYERS, WARM, SEEDS = 4, 16, 3, 9
 SPEC = FFNSpec(256, 1024, dtype=torch.float32)  # 3.1 MB
 # placement, peak shifting, slots, link GB/s, owner GB/s, sleep ms
 CASES = (
@@ -36,17 +36,21 @@ CASES = (
 )
 
 
-def _measure(context, placement, shifting, slots, sleep_s, iterations):
-    """Seconds of an iteration, and of a sleep, on this rank."""
+def _load(pool, placement):
+    for layer in range(pool.num_layers):
+        if placement == "striped" or pool.owns(layer):
+            pool.load(layer, {t.name: torch.zeros(t.shape) for t in SPEC.unit().tensors})
+    pool.commit()
+
+
+def _measure(placement, shifting, slots, sleep_s, iterations):
+    """Seconds of an iteration, and of every sleep, on this rank."""
     import torch.distributed as dist
 
     pool = WeightPool(
         [SPEC] * LAYERS, config=PoolConfig(mode="was", placement=placement, peak_shifting=shifting, slots=slots)
     )
-    for layer in range(LAYERS):
-        if placement == "striped" or pool.owns(layer):
-            pool.load(layer, {t.name: torch.zeros(t.shape) for t in SPEC.unit().tensors})
-    pool.commit()
+    _load(pool, placement)
     slept = []
     for index in range(WARM + iterations):
         if index == WARM:
@@ -60,38 +64,67 @@ def _measure(context, placement, shifting, slots, sleep_s, iterations):
             pool.release(layer)
     took = (time.perf_counter() - start) / iterations
     pool.close()
-    return took, statistics.mean(slept)
+    return took, slept
 
 
-def _attained(context, fetches):
-    """GB/s of rank 0, the only reader."""
+def _case(context, placement, shifting, slots, sleep_s, cap, iterations):
     import torch.distributed as dist
 
-    with WeightPool([SPEC] * 8, config=PoolConfig(mode="was", slots=1)) as pool:
-        for layer in range(8):
-            if pool.owns(layer):
-                pool.load(layer, {t.name: torch.zeros(t.shape) for t in SPEC.unit().tensors})
-        pool.commit()
-        pool.start_trace()
-        for index in range(fetches if context.rank == 0 else 0):
-            layer = 2 * (index % 4) + 1
+    groups = [dist.new_group([first, first + 1]) for first in range(0, RANKS, 2)]
+    pair = groups[context.rank // 2]
+    before = _calibrate(pair, sleep_s, cap)
+    took, slept = _measure(placement, shifting, slots, sleep_s, iterations)
+    after = _calibrate(pair, sleep_s, cap)
+    return took, slept, before[0] + after[0], before[1] + after[1]
+
+
+def _calibrate(pair, sleep_s, cap, forwards=6):
+    """In groups of two: seconds a slice took beyond its bytes, by fetch; seconds from a fetch's end to the end of a stall on it."""
+    import torch.distributed as dist
+
+    pool = WeightPool([SPEC] * LAYERS, group=pair, config=PoolConfig(mode="was", slots=2))
+    _load(pool, "layer")
+    dist.barrier()
+    pool.start_trace()
+    for _ in range(forwards):
+        for layer in range(LAYERS):
             pool.acquire(layer)
+            time.sleep(sleep_s)
             pool.release(layer)
-        took = [end - start for kind, _, _, start, end in pool.trace() if kind == "fetch"]
-        dist.barrier()
-    return SPEC.unit().nbytes / statistics.median(took) / 1e9 if took else 0.0
+    events = pool.trace()
+    dist.barrier()
+    pool.close()
+    nbytes = SPEC.unit().nbytes
+    slices = -(-nbytes // _slice_bytes(cap))
+    fetches = [(layer, begin, end) for kind, layer, _, begin, end in events if kind == "fetch"]
+    pauses = [max(0.0, end - begin - nbytes / cap) / slices for _, begin, end in fetches]
+    ends = {}
+    for layer, _, end in fetches:
+        ends.setdefault(layer, []).append(end)
+    stalls = [(layer, begin, end) for kind, layer, _, begin, end in events if kind == "stall"]
+    wakes = [end - e for layer, begin, end in stalls for e in ends.get(layer, ()) if begin < e <= end]
+    return pauses, wakes
 
 
-def _simulate(placement, shifting, slots, link, owner, sleep_s, iterations) -> float:
+def _slice_bytes(cap: float) -> float:
+    """As csrc/ffn_cache/copy_engine.cpp: a millisecond of the cap, of 16 KiB to 4 MiB."""
+    return min(max(cap * 1e-3, 16 << 10), 4 << 20)
+
+
+def _simulate(placement, shifting, slots, link, owner, sleep_s, slept, pauses, wake_s, iterations, seed) -> float:
     units = [unit_layout(SPEC.unit())] * LAYERS
     native = C.Placement(placement, units, RANKS)
     job = C.SimJob()
     table = C.TimeTable([(1, sleep_s)])
     nothing = C.TimeTable([(1, 1e-9)])
     job.compute.ffn, job.compute.serve, job.compute.rest, job.compute.once = table, table, nothing, nothing
-    job.fabric.ingress_bytes_per_s, job.fabric.egress_bytes_per_s = link * 1e9, owner * 1e9
-    job.options.reach, job.options.peak_shifting, job.options.trace = C.SimReach.was, shifting, True
-    job.options.jitter = Engine().jitter
+    fabric, options = C.SimFabric(), C.SimOptions()
+    fabric.ingress_bytes_per_s, fabric.egress_bytes_per_s = link * 1e9, owner * 1e9
+    fabric.slice_bytes = _slice_bytes(min(cap for cap in (link, owner) if cap) * 1e9)
+    fabric.slice_pauses = pauses
+    options.reach, options.peak_shifting, options.trace = C.SimReach.was, shifting, True
+    options.compute_factors, options.wake_s, options.seed = [s / sleep_s for s in slept], wake_s, seed
+    job.fabric, job.options = fabric, options
     job.slots, job.kv_tokens = [slots] * RANKS, [10**6] * RANKS
     job.requests = [C.SimRequest(0, 1, WARM + iterations, rank=rank) for rank in range(RANKS)]
     result = C.simulate(native, job)
@@ -99,30 +132,57 @@ def _simulate(placement, shifting, slots, link, owner, sleep_s, iterations) -> f
     return max((i[-1].end - i[WARM].begin) / iterations for i in mine)
 
 
+# bench/RESULTS.md: rows, compute alone, measured eager and graph, ms an iteration; Qwen3-32B-shaped layers of 786 MB
+HOST_TIER = (
+    (256, 4.4, 174.9, 204.9),
+    (1024, 13.4, 182.3, 174.8),
+    (4096, 56.9, 180.5, 174.8),
+    (8192, 111.6, 189.2, 171.7),
+    (16384, 226.1, 245.0, 244.3),
+)
+NVLINK = (
+    (256, 2.21, 7.45, 7.88),
+    (1024, 6.82, 9.74, 11.07),
+    (2048, 15.39, 15.70, 17.19),
+    (4096, 29.72, 30.28, 34.61),
+    (8192, 56.60, 60.66, 64.85),
+)
+
+
 def _h100() -> None:
-    """bench/RESULTS.md, WaS on one H100: 12 layers of 786 MB from pinned memory at 54.5 GB/s, 3 slots; milliseconds."""
-    spec = FFNSpec(5120, 25600)
-    placement = C.Placement("striped", [unit_layout(spec.unit())] * 12, 2)
-    print("| rows | compute alone | measured eager | measured graph | simulated | error eager | error graph |")
-    print("|---|---|---|---|---|---|---|")
-    for rows, compute, eager, graph in (
-        (256, 4.4, 174.9, 204.9),
-        (1024, 13.4, 182.3, 174.8),
-        (4096, 56.9, 180.5, 174.8),
-        (8192, 111.6, 189.2, 171.7),
-        (16384, 226.1, 245.0, 244.3),
-    ):
+    print("WaS on one H100: 12 layers from pinned memory at 54.5 GB/s, 3 slots")
+    # one reader of every whole unit: half of it is its own stripe, so the other half comes at half the rate
+    _print_recorded(HOST_TIER, "striped", 12, 3, 54.5e9 / 2, readers=1)
+    print("WaS on two H100s over NVLink at 373.5 GB/s: 6 layers, `layer`, 1 slot")
+    _print_recorded(NVLINK, "layer", 6, 1, 373.5e9, readers=2, fit_row=4096)
+
+
+def _print_recorded(recorded, placement, layers, slots, rate, readers, fit_row=None) -> None:
+    """`fit_row`: graphs are also simulated with all computing as much slower as that row's iteration is than its compute."""
+    native = C.Placement(placement, [unit_layout(FFNSpec(5120, 25600).unit())] * layers, 2)
+
+    def simulate(compute_ms) -> float:
         job = C.SimJob()
-        nothing, table = C.TimeTable([(1, 1e-9)]), C.TimeTable([(1, compute / 12e3)])
+        nothing, table = C.TimeTable([(1, 1e-9)]), C.TimeTable([(1, compute_ms / layers / 1e3)])
         job.compute.ffn, job.compute.serve, job.compute.rest, job.compute.once = table, table, nothing, nothing
-        # one reader of every whole unit: half of it is its own stripe, so the other half comes at half the rate
-        job.fabric.ingress_bytes_per_s = job.fabric.egress_bytes_per_s = 54.5e9 / 2
-        job.options.reach, job.options.trace = C.SimReach.was, True
-        job.slots, job.kv_tokens, job.requests = [3, 3], [100, 100], [C.SimRequest(0, 1, 10, rank=0)]
-        done = C.simulate(placement, job).iterations
-        simulated = (done[-1].end - done[2].end) / 7 * 1e3
-        errors = (f"{simulated / measured - 1:+.1%}" for measured in (eager, graph))
-        print(f"| {rows} | {compute} | {eager} | {graph} | {simulated:.1f} | {' | '.join(errors)} |")
+        fabric, options = C.SimFabric(), C.SimOptions()
+        fabric.ingress_bytes_per_s = fabric.egress_bytes_per_s = rate
+        options.reach, options.trace = C.SimReach.was, True
+        job.fabric, job.options = fabric, options
+        job.slots, job.kv_tokens = [slots] * 2, [100] * 2
+        job.requests = [C.SimRequest(0, 1, 10, rank=rank) for rank in range(readers)]
+        done = [i for i in C.simulate(native, job).iterations if i.rank == 0]
+        return (done[-1].end - done[2].end) / 7 * 1e3
+
+    slower = next((graph / compute for rows, compute, _, graph in recorded if rows == fit_row), None)
+    heads = ["rows", "compute alone", "measured eager", "measured graph", "simulated", "error eager", "error graph"]
+    heads += [f"error graph, computing x {slower:.3f}"] if slower else []
+    print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
+    for rows, compute, eager, graph in recorded:
+        simulated = simulate(compute)
+        errors = [f"{simulated / measured - 1:+.1%}" for measured in (eager, graph)]
+        errors += [f"{simulate(compute * slower) / graph - 1:+.1%}"] if slower else []
+        print(f"| {rows} | {compute} | {eager} | {graph} | {simulated:.2f} | {' | '.join(errors)} |")
 
 
 def main() -> None:
@@ -138,24 +198,26 @@ def main() -> None:
         f"{RANKS} ranks, {LAYERS} layers of {SPEC.unit().nbytes / 1e6:.1f} MB, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
     )
     print(
-        "| placement | shifting | slots | link, owner GB/s | attained | measured ms | simulated ms | error |\n|---|---|---|---|---|---|---|"
+        "| placement | shifting | slots | link, owner GB/s | a sleep, ms | pause, us | wake, us | measured ms | simulated ms | seeds | error |"
     )
-    errors, attained = [], {}
+    print(f"|{'---|' * 11}")
+    errors = []
     for placement, shifting, slots, link, owner, sleep_ms in CASES:
         for name, value in (("LINK", link), ("OWNER", owner)):
             os.environ[f"SIDP_CPU_{name}_GBPS"] = str(value)
-        caps = (link, owner)
-        if caps not in attained:
-            attained[caps] = launch(_attained, 2, (40,))[0] / min(cap for cap in caps if cap)
-        share = attained[caps]
-        results = launch(_measure, RANKS, (placement, shifting, slots, sleep_ms / 1e3, iterations))
-        measured = max(took for took, _ in results)
-        simulated = _simulate(
-            placement, shifting, slots, link, owner, statistics.mean(s for _, s in results), iterations
-        )
+        cap = min(cap for cap in (link, owner) if cap) * 1e9
+        results = launch(_case, RANKS, (placement, shifting, slots, sleep_ms / 1e3, cap, iterations))
+        measured = max(rank[0] for rank in results)
+        slept, pauses, wakes = ([x for rank in results for x in rank[part]] for part in (1, 2, 3))
+        wake_s = statistics.mean(wakes or [0.0])
+        given = (placement, shifting, slots, link, owner, sleep_ms / 1e3, slept, pauses, wake_s, iterations)
+        runs = [_simulate(*given, seed) for seed in range(SEEDS)]
+        simulated = statistics.median(runs)
         errors.append(simulated / measured - 1)
         print(
-            f"| {placement} | {'yes' if shifting else 'no'} | {slots} | {link or '-'}, {owner or '-'} | {share:.2f} | {measured * 1e3:.1f} | {simulated * 1e3:.1f} | {errors[-1]:+.1%} |",
+            f"| {placement} | {'yes' if shifting else 'no'} | {slots} | {link or '-'}, {owner or '-'} "
+            f"| {statistics.mean(slept) * 1e3:.2f} | {statistics.mean(pauses) * 1e6:.0f} | {wake_s * 1e6:.0f} "
+            f"| {measured * 1e3:.1f} | {simulated * 1e3:.1f} | {min(runs) * 1e3:.0f}-{max(runs) * 1e3:.0f} | {errors[-1]:+.1%} |",
             flush=True,
         )
     print(f"largest error {max(map(abs, errors)):.1%}, median {statistics.median(map(abs, errors)):.1%}")

@@ -37,6 +37,8 @@ void bind_inputs(py::module_& m) {
       .def_readwrite("copy_bytes", &Fabric::copy_bytes)
       .def_readwrite("incast", &Fabric::incast)
       .def_readwrite("turns", &Fabric::turns)
+      .def_readwrite("slice_bytes", &Fabric::slice_bytes)
+      .def_readwrite("slice_pauses", &Fabric::slice_pauses)
       .def_readwrite("round_trip_s", &Fabric::round_trip_s)
       .def_readwrite("send_row_bytes", &Fabric::send_row_bytes)
       .def_readwrite("reply_row_bytes", &Fabric::reply_row_bytes);
@@ -46,17 +48,23 @@ void bind_inputs(py::module_& m) {
       .value("cas", Reach::cas)
       .value("auto", Reach::automatic)
       .value("gather", Reach::gather);
+  py::enum_<Step>(m, "SimStep")
+      .value("free", Step::free)
+      .value("iteration", Step::iteration)
+      .value("layer", Step::layer);
   py::class_<Options>(m, "SimOptions")
       .def(py::init<>())
       .def_readwrite("reach", &Options::reach)
       .def_readwrite("stages", &Options::stages)
       .def_readwrite("peak_shifting", &Options::peak_shifting)
       .def_readwrite("fuse", &Options::fuse)
-      .def_readwrite("lockstep", &Options::lockstep)
+      .def_readwrite("step", &Options::step)
       .def_readwrite("look_every", &Options::look_every)
       .def_readwrite("batched_tokens", &Options::batched_tokens)
       .def_readwrite("most_requests", &Options::most_requests)
       .def_readwrite("jitter", &Options::jitter)
+      .def_readwrite("compute_factors", &Options::compute_factors)
+      .def_readwrite("wake_s", &Options::wake_s)
       .def_readwrite("seed", &Options::seed)
       .def_readwrite("trace", &Options::trace);
   py::class_<Job>(m, "SimJob")

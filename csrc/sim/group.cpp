@@ -55,6 +55,12 @@ void Group::check() const {
   SIDP_REQUIRE(o.batched_tokens >= 1 && o.most_requests >= 1, ConfigError, "batched_tokens and most_requests must be 1 or more, got ",
                o.batched_tokens, " and ", o.most_requests);
   SIDP_REQUIRE(o.jitter >= 0 && o.jitter < 1, ConfigError, "jitter must be 0 or more and less than 1, got ", o.jitter);
+  SIDP_REQUIRE(job_.fabric.slice_bytes == 0 || job_.fabric.slice_bytes >= 1, ConfigError,
+               "slice_bytes must be 0 or 1 byte and more, got ", job_.fabric.slice_bytes);
+  const auto negative = [](double value) { return !(value >= 0); };
+  SIDP_REQUIRE(!negative(o.wake_s) && std::none_of(o.compute_factors.begin(), o.compute_factors.end(), negative) &&
+                   std::none_of(job_.fabric.slice_pauses.begin(), job_.fabric.slice_pauses.end(), negative),
+               ConfigError, "wake_s, compute_factors and slice_pauses must be 0 or more");
   for (std::size_t i = 0; i < job_.requests.size(); ++i) {
     const Request& r = job_.requests[i];
     SIDP_REQUIRE(r.rank >= -1 && r.rank < world_ && r.answer >= 1 && r.cached >= 0 && r.prompt >= r.cached && r.prompt >= 1 &&
@@ -103,12 +109,14 @@ void Group::handle(const Event& event) {
       if (devices_[who].current(What::serve_done, event.tag)) serve_done(who, event.time);
       break;
     case What::copy_done:
-      if (!links_.current(who, event.tag)) break;
-      if (members_[who].ring->copied(event.time) && lanes_[who].phase == Phase::stalled) {
-        lanes_[who].stall_s += event.time - lanes_[who].stalled_at;
-        lanes_[who].phase = Phase::ffn;
-        compute(who, lanes_[who].ffn_s, event.time);
-      }
+      if (!links_.current(who, event.tag) || links_.goes_on(who, event.time)) break;
+      if (members_[who].ring->copied(event.time) && lanes_[who].phase == Phase::stalled)
+        events_.at(event.time + job_.options.wake_s, What::woken, who);
+      break;
+    case What::woken:
+      lanes_[who].stall_s += event.time - lanes_[who].stalled_at;
+      lanes_[who].phase = Phase::ffn;
+      compute(who, lanes_[who].ffn_s, event.time);
       break;
     case What::arrives:
       servers_[who].arrives(travelling_[event.tag], devices_[who], event.time);

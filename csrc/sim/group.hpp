@@ -21,7 +21,7 @@ class Group {
   Result run();
 
  private:
-  enum class Phase { parked, at_barrier, rest, stalled, ffn, served, once, whole };
+  enum class Phase { parked, at_barrier, at_layer, rest, stalled, ffn, served, once, whole };
 
   // One batch in flight; a pipeline has one for each of its stages, every other rank one.
   struct Lane {
@@ -61,6 +61,7 @@ class Group {
 
   // Layer by layer: WaS and CaS.
   void compute(int rank, double seconds, double now);
+  void reach_layer(int rank, double now);
   void begin_layer(int rank, double now);
   void own_done(int rank, double now);
   void enter_ffn(int rank, double now);
@@ -76,7 +77,7 @@ class Group {
   void gather_together(double now);
 
   bool walks() const { return job_.options.reach != Reach::local && job_.options.reach != Reach::gather; }
-  bool together() const { return job_.options.lockstep || job_.options.reach == Reach::gather; }
+  bool together() const { return job_.options.step != Step::free || job_.options.reach == Reach::gather; }
 
   const Placement& placement_;
   const Job& job_;

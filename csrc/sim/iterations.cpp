@@ -72,7 +72,7 @@ void Group::set_out(int number, double now) {
   lane.stage = 0;
   lane.cas = false;
   if (walks()) {
-    begin_layer(number, now);
+    reach_layer(number, now);
   } else {
     lane.phase = Phase::whole;
     if (job_.options.reach == Reach::local) next_stage(number, now);

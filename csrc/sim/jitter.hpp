@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <random>
+#include <vector>
 
 namespace sidp::sim {
 
@@ -12,6 +13,8 @@ class Jitter {
 
   // 1 +- size, evenly.
   double factor() { return size_ == 0 ? 1 : 1 + size_ * (static_cast<double>(draw_() >> 11) * 0x1p-52 - 1); }
+
+  double one_of(const std::vector<double>& measured) { return measured[draw_() % measured.size()]; }
 
  private:
   double size_;

@@ -4,7 +4,20 @@
 namespace sidp::sim {
 
 void Group::compute(int rank, double seconds, double now) {
-  devices_[rank].begin(What::own_done, seconds * jitter_.factor(), now);
+  const auto& measured = job_.options.compute_factors;
+  devices_[rank].begin(What::own_done, seconds * (measured.empty() ? jitter_.factor() : jitter_.one_of(measured)), now);
+}
+
+// With a step of layers the last rank to reach one lets all begin it.
+void Group::reach_layer(int rank, double now) {
+  if (job_.options.step != Step::layer) {
+    begin_layer(rank, now);
+    return;
+  }
+  lanes_[rank].phase = Phase::at_layer;
+  for (const Lane& lane : lanes_)
+    if (lane.phase != Phase::at_layer || lane.layer != lanes_[rank].layer) return;
+  for (int other = 0; other < world_; ++other) begin_layer(other, now);
 }
 
 void Group::begin_layer(int rank, double now) {
@@ -80,7 +93,7 @@ void Group::ffn_over(int rank, double now) {
   if (member.policy) member.policy->leave(now);
   if (!member.cas && !placement_.local(lane.layer, rank)) member.ring->release(lane.layer, now);
   if (++lane.layer < layers_) {
-    begin_layer(rank, now);
+    reach_layer(rank, now);
     return;
   }
   lane.phase = Phase::once;

@@ -16,6 +16,7 @@ Links::Links(const Fabric& fabric, int world, EventQueue& events, Jitter& jitter
       jitter_(jitter),
       flows_(world),
       readers_(world),
+      egress_free_at_(world, 0),
       counted_to_(world, 0),
       read_(world, std::vector<std::uint64_t>(world, 0)),
       feeding_s_(world, 0),
@@ -36,7 +37,33 @@ void Links::start(int reader, int owner, std::uint64_t bytes, int copies, double
   flow.rate = 0;
   count(owner, now);
   readers_[owner].push_back(reader);
-  share_again(owner, now);
+  if (fabric_.slice_bytes == 0) {
+    share_again(owner, now);
+    return;
+  }
+  flow.piece = flow.of_piece_left = flow.left / copies;
+  flow.pause = fabric_.slice_pauses.empty() ? 0 : jitter_.one_of(fabric_.slice_pauses);
+  next_slice(reader, now);
+}
+
+bool Links::goes_on(int reader, double now) {
+  constexpr double kRounding = 0.5;  // of a byte
+  const Flow& flow = flows_[reader];
+  if (fabric_.slice_bytes == 0 || flow.owner == reader || flow.left < kRounding) return false;
+  next_slice(reader, now);
+  return true;
+}
+
+void Links::next_slice(int reader, double now) {
+  Flow& flow = flows_[reader];
+  const double bytes = std::min(fabric_.slice_bytes, flow.of_piece_left);
+  flow.left -= bytes;
+  flow.of_piece_left -= bytes;
+  if (flow.of_piece_left < 1) flow.of_piece_left = flow.piece;
+  double& free_at = egress_free_at_[flow.owner];
+  free_at = std::max(now, free_at) + bytes / or_unlimited(fabric_.egress_bytes_per_s);
+  const double taken_in = now + bytes / or_unlimited(fabric_.ingress_bytes_per_s);
+  events_.at(std::max(free_at, taken_in) + flow.pause, What::copy_done, reader, ++flow.version);
 }
 
 void Links::finish(int reader, double now) {
@@ -45,7 +72,7 @@ void Links::finish(int reader, double now) {
   count(owner, now);
   auto& readers = readers_[owner];
   readers.erase(std::find(readers.begin(), readers.end(), reader));
-  share_again(owner, now);
+  if (fabric_.slice_bytes == 0) share_again(owner, now);
 }
 
 void Links::count(int owner, double now) {

@@ -36,6 +36,8 @@ struct Fabric {
   double copy_bytes = 0;           // what issuing a copy costs, as bytes at the full rate
   double incast = 0;               // of n readers of one owner the egress keeps 1 / (1 + incast (n - 1))
   bool turns = false;              // an owner feeds its readers one after another instead of all at once
+  double slice_bytes = 0;          // copies go in slices, which an owner gives out in the order of asking; 0: as a fluid
+  std::vector<double> slice_pauses;  // seconds after each slice of a copy, drawn once a copy; with slice_bytes only
   double round_trip_s = 0;         // of a CaS request besides bytes and computing
   double send_row_bytes = 0;       // activations of one row, to one owner
   double reply_row_bytes = 0;
@@ -49,16 +51,21 @@ enum class Reach {
   gather,  // FSDP: each layer's weights all-gathered by all ranks together, one layer ahead of use
 };
 
+// What all ranks begin together. With any step, ranks without work run iterations of one row.
+enum class Step { free, iteration, layer };
+
 struct Options {
   Reach reach = Reach::local;
   int stages = 1;            // of a pipeline, with as many batches in flight; Reach::local only
   bool peak_shifting = true;
   bool fuse = true;
-  bool lockstep = false;     // iterations of all ranks begin together, and ranks without work run one of one row
+  Step step = Step::free;
   int look_every = 16;       // iterations between two looks of the policy at link and fusion
   int batched_tokens = 8192; // rows of an iteration
   int most_requests = 1024;  // running in one batch
   double jitter = 0;         // each copy and each piece of computing takes 1 +- jitter of its time, drawn evenly
+  std::vector<double> compute_factors;  // measured: pieces of computing take one of these times their time instead
+  double wake_s = 0;         // from a fetch's end until who waits for it goes on
   std::uint64_t seed = 0;    // of the jitter
   bool trace = false;
 };

@@ -74,6 +74,72 @@ def test_incast_costs_what_it_says():
     assert C.simulate(placement, job).crowded_s[0] == pytest.approx(3.0)  # 2 s of bytes at 1 / 1.5
 
 
+def copying_job(world, readers, ffn=1e-9):
+    """D ranks and layers, plain order, 1 slot, units of a second's egress, and computing that takes long or none."""
+    placement = placement_of(world, world)
+    nbytes = placement.unit(0).bytes
+    requests = [C.SimRequest(0, 1, 1, rank=rank) for rank in readers]
+    job = job_of(placement, world, slots=1, ffn=ffn, link=nbytes, requests=requests)
+    job.options.peak_shifting = False
+    return placement, job, nbytes
+
+
+def change_fabric(job, **change):
+    for name, value in change.items():
+        setattr(job.fabric, name, value)
+
+
+def test_a_slice_costs_its_reader_a_pause():
+    """One reader, one remote layer, ten slices: a second of bytes and ten pauses of 0.1 s."""
+    placement, job, nbytes = copying_job(2, [0])
+    change_fabric(job, slice_bytes=nbytes / 10, slice_pauses=[0.1])
+    assert C.simulate(placement, job).end_s == pytest.approx(2.0)
+
+
+def test_an_owner_gives_out_a_slice_while_another_reader_pauses():
+    """Ranks 1 and 2 read layer 0: ten slices each of 0.1 s, and one of them pauses while the other is served."""
+    placement, job, nbytes = copying_job(3, [1, 2], ffn=100.0)
+    change_fabric(job, slice_bytes=nbytes / 10, slice_pauses=[0.1])
+    assert C.simulate(placement, job).crowded_s[0] == pytest.approx(2.0)
+    change_fabric(job, slice_pauses=[0.3])
+    assert C.simulate(placement, job).crowded_s[0] == pytest.approx(10 * 0.4)
+
+
+def test_who_waits_wakes_late():
+    placement, job, _ = copying_job(2, [0])
+    job.options.wake_s = 0.25
+    result = C.simulate(placement, job)
+    assert result.end_s == pytest.approx(1.25)
+    assert result.ranks[0].stall_s == pytest.approx(1.25)
+
+
+def test_computing_takes_the_measured_multiples():
+    placement = placement_of(2, 4)
+    job = job_of(placement, 2, iterations=50)
+    job.options.reach = C.SimReach.cas
+    job.fabric.ingress_bytes_per_s = job.fabric.egress_bytes_per_s = 0
+    job.requests = [C.SimRequest(0, 1, 50, rank=0)]
+    job.options.compute_factors = [1.5]
+    assert C.simulate(placement, job).end_s == pytest.approx(
+        50 * (2 * 1.5 + 2)
+    )  # own layers; the owner serves at its own pace
+    job.options.compute_factors = [1.0, 2.0]
+    assert C.simulate(placement, job).end_s == pytest.approx(50 * (2 * 1.5 + 2), rel=0.1)
+
+
+def test_ranks_in_step_begin_every_layer_together():
+    """D=2, 2 layers, WaS, one slow link: rank 1 has no request, yet rank 0 waits for it, or it for rank 0, at every layer."""
+    placement = placement_of(2, 2)
+    nbytes = placement.unit(0).bytes
+    job = job_of(placement, 2, slots=1, ffn=1.0, link=nbytes / 3, requests=[C.SimRequest(0, 1, 1, rank=0)])
+    free = C.simulate(placement, job)
+    assert free.end_s == pytest.approx(3 + 1)  # layer 0 beside the fetch of layer 1
+    job.options.step = C.SimStep.layer
+    stepped = C.simulate(placement, job)
+    assert stepped.end_s == pytest.approx(4 + 1)  # rank 1 fetched layer 0 until 3 and computed it until 4
+    assert stepped.ranks[1].idle_iterations == 1
+
+
 def test_a_pipelines_stages_work_at_once():
     """Two batches of one request in two stages of 2 s: the second batch follows the first by a stage."""
     placement = placement_of(1, 4)
@@ -129,7 +195,7 @@ def test_requests_arrive_later():
 def test_idle_ranks_in_lockstep_run_for_nothing():
     placement = placement_of(2, 2)
     job = job_of(placement, 2, reach="was", requests=[C.SimRequest(0, 1, 3, rank=0)])
-    job.options.lockstep = True
+    job.options.step = C.SimStep.iteration
     result = C.simulate(placement, job)
     assert (result.ranks[1].idle_iterations, result.ranks[1].iterations) == (3, 0)
 
@@ -149,6 +215,9 @@ def test_a_gather_is_beside_the_compute_of_the_layer_before():
         (lambda job: setattr(job.options, "stages", 2), "mode local"),
         (lambda job: setattr(job.options, "jitter", 1.0), "jitter"),
         (lambda job: setattr(job.options, "reach", C.SimReach.auto), "policies"),
+        (lambda job: setattr(job.options, "compute_factors", [1.0, -1.0]), "compute_factors"),
+        (lambda job: setattr(job.options, "wake_s", -1.0), "wake_s"),
+        (lambda job: change_fabric(job, slice_bytes=0.5), "slice_bytes"),
     ],
 )
 def test_what_does_not_fit_is_named(change, words):

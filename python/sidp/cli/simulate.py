@@ -6,7 +6,7 @@ them from a profile (docs/profile.md). The ring's order and the choice of mode a
 
   sidp simulate --model Llama-3.1-70B --gpu h200 --dp 8 --requests 1000 --prompt 512 --answer 512
   sidp simulate --model Qwen3-32B --gpu h20-141 --dp 8 --mode was --placement striped --link-gbps 50 --json
-  sidp simulate --paper --out docs/img                 # tables on standard output, plots into the folder; minutes
+  sidp simulate --paper ladder causes --out docs/img   # tables on standard output, plots into the folder; none named: all, 20 minutes
 """
 
 from __future__ import annotations
@@ -20,7 +20,13 @@ from .checks import need, positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--paper", action="store_true", help="the paper's experiments and the studies instead of a job")
+    parser.add_argument(
+        "--paper",
+        nargs="*",
+        metavar="PART",
+        help="the paper's experiments and the studies instead of a job: capacity fetch throughput shifting ladder "
+        "switching causes placements sizes links choices (default: all)",
+    )
     parser.add_argument("--out", metavar="FOLDER", help="with --paper: where the plots go (default: none are drawn)")
     parser.add_argument("--model", metavar="NAME|PATH", help="as in sidp plan")
     parser.add_argument("--gpu", metavar="h20|h20-141|h100|h200|b200|measured", help="the GPU's kind")
@@ -52,11 +58,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.paper:
+    if args.paper is not None:
         need("simulate", *(("matplotlib",) if args.out else ()))
-        from ..simulate.report import print_paper
+        from ..simulate.report import PARTS, print_parts
 
-        print_paper(args.out)
+        for part in args.paper:
+            if part not in PARTS:
+                raise ConfigError(f"--paper {part}: expected one of {', '.join(PARTS)}")
+        print_parts(args.paper, args.out)
         return 0
     if args.model is None or args.gpu is None:
         raise ConfigError("a job needs --model and --gpu; --paper needs neither")

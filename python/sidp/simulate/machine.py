@@ -20,6 +20,17 @@ _ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024,
 # 128 rows are served in pieces of 128, each of which reads the weights again.
 _SERVE_RATIO = ((1, 1.02), (16, 1.02), (32, 1.03), (64, 1.08), (128, 1.35))
 _SERVED_AT_ONCE = 128
+# An H100's FFN GEMMs over their roofline, by rows over the ridge's rows (H=5120, F=25600: 1 to 2048 rows, the ridge at 196).
+MEASURED_GEMM = (
+    (0.005, 1.20),
+    (0.08, 1.25),
+    (0.33, 1.27),
+    (0.65, 1.35),
+    (1.31, 1.17),
+    (2.6, 0.95),
+    (5.2, 0.94),
+    (10.5, 1.0),
+)
 
 
 @dataclass(frozen=True)
@@ -31,6 +42,7 @@ class Engine:
         layer_s: launches and small kernels (norms, rotary, residuals), a layer.
         allreduce_s: latency of one all-reduce of a replica's GPUs; two a layer.
         stage_s: handing a batch to the next stage of a pipeline.
+        gemm: what GEMMs take over their roofline, as MEASURED_GEMM; () leaves the roofline.
         jitter: each copy and each piece of computing takes 1 +- this of its time. Without any, ranks in step stay in step for ever, which
             no real group does (the CPU backend shows it).
     """
@@ -39,6 +51,7 @@ class Engine:
     layer_s: float = 20e-6
     allreduce_s: float = 15e-6
     stage_s: float = 30e-6
+    gemm: tuple[tuple[float, float], ...] = ()
     jitter: float = 0.02
 
 
@@ -52,6 +65,7 @@ class Fabric:
         incast: with n readers at once an owner's egress keeps 1 / (1 + incast * (n - 1)) of its rate. 0 is a fair fabric that
             loses nothing; no measurement of NVLink is known to us.
         turns: an owner feeds its readers one after another, each at the full rate, as a lock at each owner would make them; sidp has none.
+        round_trip_s: of a CaS request besides bytes and computing; None takes the GPU's.
         copy_bytes: what issuing a copy costs, as bytes at the full rate: 4 MB reach 70 % of it, 16 MB 90 %.
         local_gbps: a rank's own extent into its slot (one H100).
     """
@@ -60,6 +74,7 @@ class Fabric:
     ingress_gbps: float | None = None
     incast: float = 0.0
     turns: bool = False
+    round_trip_s: float | None = None
     copy_bytes: float = 1.7e6
     local_gbps: float = 1481.0
 
@@ -70,7 +85,7 @@ class Fabric:
         made.ingress_bytes_per_s = self.ingress_gbps * 1e9 if self.ingress_gbps else gpu.link_bytes_per_s
         made.local_bytes_per_s = self.local_gbps * 1e9
         made.copy_bytes, made.incast, made.turns = self.copy_bytes, self.incast, self.turns
-        made.round_trip_s = gpu.round_trip_s
+        made.round_trip_s = gpu.round_trip_s if self.round_trip_s is None else self.round_trip_s
         made.send_row_bytes = model.hidden * model.dtype.itemsize
         made.reply_row_bytes = model.hidden * (4 if striped else model.dtype.itemsize)
         return made
@@ -83,23 +98,28 @@ class Rates:
         self._d, self._engine = deployment, engine
         self._clock = Clock(deployment, plan)
         self._layers = deployment.model.layers
+        gpu = deployment.gpu
+        self._ridge = deployment.model.dtype.itemsize * gpu.flops_per_s / (2 * gpu.hbm_bytes_per_s)  # rows
+
+    def _gemm(self, rows: int) -> float:
+        """Over the roofline."""
+        return _between(self._engine.gemm, rows / self._ridge) if self._engine.gemm else 1.0
 
     def ffn(self, rows: int) -> float:
         """One layer's FFN."""
-        return self._clock.ffn(rows) / self._layers
+        return self._clock.ffn(rows) / self._layers * self._gemm(rows)
 
     def serve(self, rows: int) -> float:
         """One layer's FFN by a CaS server."""
         if rows > _SERVED_AT_ONCE:
             return self.serve(_SERVED_AT_ONCE) * rows / _SERVED_AT_ONCE
-        ratio = next(
-            r0 + (r1 - r0) * (rows - m0) / (m1 - m0) for (m0, r0), (m1, r1) in pairwise(_SERVE_RATIO) if rows <= m1
-        )
-        return self.ffn(rows) * ratio
+        return self.ffn(rows) * _between(_SERVE_RATIO, rows)
 
     def rest(self, rows: int) -> float:
         """A layer's projections, its all-reduces and its launches."""
-        d, seconds = self._d, self._clock.projections(rows) / self._layers + self._engine.layer_s
+        d = self._d
+        seconds = self._clock.projections(rows) / self._layers * self._gemm(rows)
+        seconds += self._engine.layer_s
         if d.tp == 1:
             return seconds
         nbytes = 2 * (d.tp - 1) / d.tp * rows * d.model.hidden * d.model.dtype.itemsize
@@ -126,6 +146,14 @@ class Rates:
         return made
 
 
+def _between(points, x: float) -> float:
+    """Straight lines between ascending points, level beyond the first and the last."""
+    for (x0, y0), (x1, y1) in pairwise(points):
+        if x <= x1:
+            return y0 + (y1 - y0) * max(0.0, (x - x0) / (x1 - x0))
+    return points[-1][1]
+
+
 def policies(deployment: Deployment, placement, slots, fabric, rates: Rates) -> list:
     """The native PolicyModel of every rank, as a pool of that placement makes them from a profile."""
     model, tp = deployment.model, deployment.tp
@@ -134,7 +162,7 @@ def policies(deployment: Deployment, placement, slots, fabric, rates: Rates) -> 
         for ffn in model.ffns
     ]
     link = min(fabric.ingress_bytes_per_s, fabric.egress_bytes_per_s)
-    profile = Profile(link / 1e9, tuple((n, rates.ffn(n)) for n in _ROWS), deployment.gpu.round_trip_s)
+    profile = Profile(link / 1e9, tuple((n, rates.ffn(n)) for n in _ROWS), fabric.round_trip_s)
     parts = deployment.dp if placement.owner(0) < 0 else 1
     made = [build_model(units, placement, rank, slots[rank], profile, parts) for rank in range(deployment.dp)]
     for policy in made:

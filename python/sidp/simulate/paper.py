@@ -5,7 +5,7 @@ The paper names models, GPUs and settings only in part; what had to be chosen st
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from ..errors import ConfigError
@@ -13,7 +13,7 @@ from ..planner.capacity import Deployment
 from ..planner.gpus import load_gpu
 from ..planner.models import load_model
 from . import workload
-from .machine import Engine, Fabric
+from .machine import Fabric
 from .setup import Outcome, Setup, run
 
 AGREES = 0.15
@@ -21,13 +21,12 @@ AGREES = 0.15
 
 @dataclass(frozen=True)
 class Figure:
-    """`low` and `high` bound what the paper says; `why` explains a difference of more than AGREES."""
+    """`low` and `high` bound what the paper says. What a difference of more than AGREES comes from: sidp.simulate.causes."""
 
     what: str
     low: float
     high: float
     simulated: float
-    why: str = ""
     unit: str = "x"
 
     @property
@@ -52,11 +51,7 @@ def capacity() -> Iterator[Figure]:
         yield Figure(f"KV tokens against replicas, {model}, TP=2, DP=4", 1.7, 1.7, gain)
     for model in ("Llama-3.1-70B", "Qwen2.5-72B"):
         tokens = sum(Setup(node(model, "h200", 8, 1)).kv_by_rank()) / 1e6
-        why = (
-            "the arithmetic leaves this much of 141 GB; with memory capped at 0.6, or on the 96 GB H20, it gives 0.6 to 1.0 M. "
-            "Which cap and ring stand behind the paper's figure is not known"
-        )
-        yield Figure(f"KV tokens, {model}, TP=1, DP=8", 1.0, 1.0, tokens, why, "M")
+        yield Figure(f"KV tokens, {model}, TP=1, DP=8", 1.0, 1.0, tokens, "M")
 
 
 def _baselines(model: str, gpu: str, seq: int, utilization: float) -> Iterator[Setup]:
@@ -69,14 +64,12 @@ def _pools(model: str, gpu: str, seq: int, utilization: float) -> Iterator[Setup
         yield Setup(node(model, gpu, dp, tp, seq, utilization), placement=placement)
 
 
-def _best(setups: Iterator[Setup], requests: Callable[[Setup], list]) -> Outcome | None:
-    outcomes = []
-    for setup in setups:
-        try:
-            outcomes.append(run(setup, requests(setup)))
-        except ConfigError:  # does not fit: no candidate
-            continue
-    return max(outcomes, key=lambda outcome: outcome.tokens_per_s, default=None)
+def try_run(setup: Setup, requests: list, trace: bool = False) -> Outcome | None:
+    """None where it does not fit."""
+    try:
+        return run(setup, requests, trace)
+    except ConfigError:
+        return None
 
 
 def name_of(setup: Setup) -> str:
@@ -87,85 +80,91 @@ def name_of(setup: Setup) -> str:
 
 @dataclass(frozen=True)
 class Throughput:
-    """The best of the usual ways against the best pool, answered tokens/s of 8 GPUs."""
+    """Answered tokens/s of 8 GPUs by way, those that fit; `pools` with owners that are fair, `turns` in turns."""
 
     model: str
     gpu: str
     seq: int
-    base: Outcome
-    pool: Outcome
+    utilization: float
+    replicas: dict[str, Outcome]
+    pools: dict[str, Outcome]
+    turns: dict[str, Outcome]
 
-    @property
-    def gain(self) -> float:
-        return self.pool.tokens_per_s / self.base.tokens_per_s
+    def best(self, ways: str) -> tuple[str, Outcome] | None:
+        return max(getattr(self, ways).items(), key=lambda item: item[1].tokens_per_s, default=None)
+
+    def gain(self, pools: str = "pools", over: str | None = None) -> float | None:
+        """Of the best pool over the best of the usual ways, or the one named."""
+        pool, base = self.best(pools), (over, self.replicas.get(over)) if over else self.best("replicas")
+        return pool[1].tokens_per_s / base[1].tokens_per_s if pool and base and base[1] else None
 
 
-_JOB_TOKENS = 3_000_000  # more than a node's KV cache holds
+JOB_TOKENS = 6_000_000  # some waves of what a node's KV cache holds
+
+
+def requests_of(seq: int, ranks: int, tokens: int = JOB_TOKENS, prompt: float = 0.5) -> list:
+    """Requests of `seq` tokens in the mean, the share `prompt` of them prompt, lengths spread by half; all there at the start."""
+    prompts = round(seq * prompt)
+    return workload.job(tokens // seq, prompts, seq - prompts, spread=0.5, ranks=ranks)
 
 
 def throughput(
-    models=("Llama-3.1-70B",), gpus=("h20-141", "h200", "b200"), seqs=(1024, 2048, 4096), utilization=0.9
+    models=("Llama-3.1-70B", "Qwen2.5-72B", "Qwen3-32B"),
+    gpus=("h20-141", "h200", "b200"),
+    seqs=(1024, 2048, 4096),
+    utilization=0.9,
+    tokens=JOB_TOKENS,
 ) -> Iterator[Throughput]:
-    """Requests of `seq` tokens in the mean, half of them prompt, lengths spread by half; all there at the start."""
+    """Every way to run each model on 8 GPUs."""
     for model in models:
         for gpu in gpus:
             for seq in seqs:
 
-                def requests(setup: Setup, seq=seq) -> list:
-                    count = _JOB_TOKENS // seq
-                    return workload.job(count, seq // 2, seq // 2, spread=0.5, ranks=setup.deployment.dp)
+                def outcomes(setups, seq=seq) -> dict[str, Outcome]:
+                    tried = ((s, try_run(s, requests_of(seq, s.deployment.dp, tokens))) for s in setups)
+                    return {name_of(setup): outcome for setup, outcome in tried if outcome}
 
-                base = _best(_baselines(model, gpu, seq, utilization), requests)
-                pool = _best(_pools(model, gpu, seq, utilization), requests)
-                if base and pool:
-                    yield Throughput(model, gpu, seq, base, pool)
-
-
-SHIFTING = {  # how far two assumptions carry: ranks in perfect step or not, a fabric that loses nothing or much to incast
-    "fair fabric, no jitter": (Fabric(), 0.0),
-    "fair fabric, jitter 2 %": (Fabric(), 0.02),
-    "incast 0.5, no jitter": (Fabric(incast=0.5), 0.0),
-    "incast 0.5, jitter 2 %": (Fabric(incast=0.5), 0.02),
-}
+                pools = list(_pools(model, gpu, seq, utilization))
+                turns = [replace(s, fabric=Fabric(turns=True)) for s in pools]
+                baselines = outcomes(_baselines(model, gpu, seq, utilization))
+                yield Throughput(model, gpu, seq, utilization, baselines, outcomes(pools), outcomes(turns))
 
 
-def shifting() -> Iterator[Figure]:
-    """Qwen3-32B on H20, WaS, layers placed whole, sidp's own number of slots, 32 rows: fetches are not hidden."""
-    why = (
-        "no measurement of what NVLink loses to incast is known to us. With jitter the shifted order falls apart and gains "
-        "nothing, whatever the loss; the paper's ranks must be held in step by something that is not in this model"
-    )
-    for name, (fabric, jitter) in SHIFTING.items():
-        for dp, paper in ((2, 1.0), (4, 2.5), (8, 3.4)):
-            d = node("Qwen3-32B", "h20-141", dp, 1)
-            setup = Setup(d, mode="was", fabric=fabric, engine=Engine(jitter=jitter))
-            requests = workload.decoding(dp, 32, 12, 768)
-            with_it, without = (run(replace(setup, peak_shifting=on), requests) for on in (True, False))
-            yield Figure(f"peak shifting, DP={dp}, {name}", paper, paper, without.seconds / with_it.seconds, why)
+def shifting(dp: int, rows: int = 32, plain_slots: int | None = None, **rest) -> float:
+    """Gain of peak shifting: Qwen3-32B on H20, WaS, layers placed whole, decoding; sidp's own ring, or one of
+    `plain_slots` for the plain order. `rest` goes into both Setups."""
+    setup = Setup(node("Qwen3-32B", "h20-141", dp, 1), mode="was", kv_tokens=10**9, **rest)
+    requests = workload.decoding(dp, rows, 12, 768)
+    plain = replace(setup, peak_shifting=False, slots=plain_slots or setup.slots)
+    return run(plain, requests).seconds / run(setup, requests).seconds
 
 
-def _job_of_a_tail(setup: Setup) -> list:
-    return workload.job(1000, 512, 512, spread=0.9, ranks=setup.deployment.dp, seed=1)
+def job_of_a_tail(ranks: int) -> list:
+    return workload.job(3000, 512, 512, spread=0.9, ranks=ranks, seed=1)
 
 
-def switching(gpu: str = "h20-141", model: str = "Llama-3.1-70B") -> dict[str, Outcome]:
+def switching(gpu: str = "h20-141", model: str = "Llama-3.1-70B", placement: str = "layer") -> dict[str, Outcome]:
     """A job whose answers differ in length: replicas, then pools in WaS, CaS and switching; TP=2, DP=4, 1K."""
     d = node(model, gpu, 4, 2)
     setups = {
         "replicas": Setup(d, mode="local"),
-        **{m: Setup(d, mode=m, placement="striped") for m in ("was", "cas", "auto")},
+        **{m: Setup(d, mode=m, placement=placement) for m in ("was", "cas", "auto")},
     }
-    return {name: run(setup, _job_of_a_tail(setup), trace=True) for name, setup in setups.items()}
+    return {name: run(setup, job_of_a_tail(4), trace=True) for name, setup in setups.items()}
 
 
-def ladder(gpu: str = "h20-141", dp: int = 4, tp: int = 2) -> dict[str, Outcome]:
-    """One request of 300 answered tokens (the paper names none), Llama-3.1-70B."""
+LADDER = {"gather": 33.0, "v1": 25.0, "v2": 19.0, "v3": 12.0}  # seconds in the paper
+
+
+def ladder(gpu: str = "h20-141", dp: int = 4, tp: int = 2, step: str = "iteration", **rest) -> dict[str, Outcome]:
+    """One request of 300 answered tokens (the paper names none), Llama-3.1-70B. `step`: what v1 and v2 begin together; from
+    v3 on ranks without requests do nothing. `rest` goes into all Setups."""
     d = node("Llama-3.1-70B", gpu, dp, tp)
     steps = {
-        "gather": Setup(d, mode="gather"),
-        "v1": Setup(d, mode="cas", fuse=False, lockstep=True),
-        "v2": Setup(d, mode="cas", lockstep=True),
-        "v3": Setup(d, mode="cas"),
+        "gather": Setup(d, mode="gather", **rest),
+        "v1": Setup(d, mode="cas", fuse=False, step=step, **rest),
+        "v2": Setup(d, mode="cas", step=step, **rest),
+        "v3": Setup(d, mode="cas", **rest),
     }
     request = workload.job(1, 128, 300, ranks=dp)
     return {name: run(setup, request) for name, setup in steps.items()}

@@ -13,6 +13,7 @@ from ..policy import _LINK_EVERY
 from .machine import Engine, Fabric, Rates, policies
 
 MODES = ("local", "was", "cas", "auto", "gather")
+STEPS = ("free", "iteration", "layer")
 _GATHER_BUFFERS = 2  # units: one in use, one being gathered
 
 
@@ -26,7 +27,8 @@ class Setup:
         stages: of a pipeline within a replica, each of tp GPUs; mode "local" only.
         placement, slots, peak_shifting: as in PoolConfig.
         fuse: whether a CaS server takes requests for one unit together.
-        lockstep: all ranks begin an iteration together, and one without requests runs a row for nothing.
+        step: what all ranks begin together: nothing ("free", as in sidp), each "iteration" or each "layer". With the last two,
+            a rank without requests runs a row for nothing.
         most_requests: running in one batch, as engines limit it.
         kv_tokens: of a rank; None takes what the planner finds room for.
         seed: of the engine's jitter.
@@ -39,7 +41,7 @@ class Setup:
     slots: int | None = None
     peak_shifting: bool = True
     fuse: bool = True
-    lockstep: bool = False
+    step: str = "free"
     most_requests: int = 1024
     kv_tokens: int | None = None
     seed: int = 0
@@ -47,7 +49,7 @@ class Setup:
     fabric: Fabric = field(default_factory=Fabric)
 
     def __post_init__(self):
-        for name, allowed in (("mode", MODES), ("placement", PLACEMENTS)):
+        for name, allowed in (("mode", MODES), ("placement", PLACEMENTS), ("step", STEPS)):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if self.stages > 1 and self.mode != "local":
@@ -154,7 +156,7 @@ def _options(setup: Setup, trace: bool):
     options = C.SimOptions()
     options.reach = getattr(C.SimReach, setup.mode)
     options.stages, options.peak_shifting = setup.stages, setup.peak_shifting
-    options.fuse, options.lockstep = setup.fuse, setup.lockstep
+    options.fuse, options.step = setup.fuse, getattr(C.SimStep, setup.step)
     options.look_every = _LINK_EVERY
     options.batched_tokens, options.most_requests = setup.deployment.batched_tokens, setup.most_requests
     options.jitter, options.seed, options.trace = setup.engine.jitter, setup.seed, trace
