@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sidp.cli import bench, bench_copies, bench_pool
-from sidp.transport_cuda import choose_device
+from sidp.device import choose_device
 
 pytestmark = pytest.mark.timeout(600)
 

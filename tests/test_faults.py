@@ -6,28 +6,17 @@ import time
 
 import pytest
 import torch
+from weights import load_all
 
 from launch import parallel_launch, start
 from sidp import FFNSpec, PeerError, PoolClosedError, PoolConfig, WeightPool, ffn_forward
+
+pytestmark = pytest.mark.usefixtures("nothing_left_in_shared_memory")
 
 SPEC = FFNSpec(32, 96, dtype=torch.float32)
 LAYERS = 8
 # The bound of the contract; detection itself takes milliseconds.
 SEEN_WITHIN_S = 5.0
-
-
-@pytest.fixture(autouse=True)
-def nothing_left_in_shared_memory():
-    before = set(os.listdir("/dev/shm"))
-    yield
-    assert {name for name in set(os.listdir("/dev/shm")) - before if "sidp" in name} == set()
-
-
-def load_all(pool):
-    generator = torch.Generator().manual_seed(0)
-    for layer in range(LAYERS):
-        tensors = {t.name: torch.randn(t.shape, generator=generator) for t in SPEC.unit().tensors}
-        pool.load(layer, tensors)
 
 
 def body_dies_in(ctx, phase, victim):

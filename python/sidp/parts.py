@@ -9,12 +9,14 @@ import torch
 from . import cas_cpu, cas_cuda, policy, policy_cuda
 from ._native import C
 from .control import ControlPlane
+from .device import device_bytes
 from .dispatch import Dispatch
 from .memory import host_bytes
 from .pool_plan import PoolPlan
 from .shares import Shares, unit_views
 from .transport import LocalMemory, ShmTransport
-from .transport_cuda import HostTransport, device_bytes, open_gpu_transport
+from .transport_cuda import open_gpu_transport
+from .transport_gpu import HostTransport
 
 logger = logging.getLogger(__name__)
 

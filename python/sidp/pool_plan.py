@@ -11,12 +11,12 @@ from .agreement import agree, units_of
 from .backups import BackupPlan
 from .config import FFNSpec, PoolConfig, Unit
 from .control import ControlPlane
+from .device import choose_device
 from .dispatch import wants_cas
 from .errors import ConfigError
 from .shares import unit_layout
 from .slots import choose_slots
 from .spill import cut_of, on_device
-from .transport_cuda import choose_device
 
 logger = logging.getLogger(__name__)
 

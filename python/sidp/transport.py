@@ -215,10 +215,15 @@ def rate_from_environment(variable: str) -> float:
     return rate * 1e9
 
 
+def poison_wanted() -> bool:
+    """Whether a slot is filled with NaN before each fetch: in debug builds, or as SIDP_POISON says."""
+    wish = os.environ.get("SIDP_POISON")
+    return C.debug_build if wish is None else wish == "1"
+
+
 def _ring_settings() -> dict:
-    poison = os.environ.get("SIDP_POISON")
     return {
-        "poison": C.debug_build if poison is None else poison == "1",
+        "poison": poison_wanted(),
         "link_bytes_per_s": rate_from_environment("SIDP_CPU_LINK_GBPS"),
         "owner_bytes_per_s": rate_from_environment("SIDP_CPU_OWNER_GBPS"),
     }

@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     for path in filter(None, (args.json, args.profile)):
         if not Path(path).absolute().parent.is_dir():
             raise ConfigError(f"{path}: its folder does not exist; create it first")
-    from ..transport_cuda import choose_device
+    from ..device import choose_device
     from . import bench_copies, bench_pool
 
     device = choose_device("cpu" if args.cpu else None)

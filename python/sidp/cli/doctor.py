@@ -152,7 +152,8 @@ def _gpus(names: list[str]) -> Iterator[Finding]:
 
 def _devices() -> Iterator[Finding]:
     """Each GPU as a pool sees it: what it is, whom it reaches and how, and what a group of them would use."""
-    from ..transport_cuda import HANDLES, device_report
+    from ..device import device_report
+    from ..transport_cuda import HANDLES
 
     report = device_report()
     yield _driver()
