@@ -18,121 +18,19 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import random
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict
 from pathlib import Path
 
+from answers import answers_of
+from run_batch_device import environment, measure_context, mps
+from run_batch_rows import TINY, Row, host_tier, one_gpu, shortened, small, two_gpus
+
 HERE = Path(__file__).resolve().parent
-_START_S = 27.0  # of a row, until it generates
-
-
-@dataclass(frozen=True)
-class Row:
-    """`estimate_s`: of the whole row, loading included; it is stopped after twice that."""
-
-    name: str
-    pair: str
-    model: str
-    ranks: int
-    pooled: bool
-    requests: int
-    prompt: int
-    answer: int
-    estimate_s: float
-    utilization: float = 0.9
-    layers: int | None = None  # of the model's, where not all
-    max_batch: int = 512
-    options: tuple[str, ...] = ()
-    offload: str = ""  # "accelerate": a replicated rank whose FFN weights accelerate keeps in host memory
-    ranks_per_gpu: int = 1
-    tags: tuple[str, ...] = field(default=(), repr=False)
-
-
-def one_gpu() -> list[Row]:
-    """Several ranks on one GPU. Pooled ones read the others' layers in place: no ring, no link."""
-    fourteen = Row("14B x2 1K replicated", "14B x2 1K", "Qwen3-14B", 2, False, 128, 768, 256, 45, ranks_per_gpu=2)
-    eight = Row(
-        "8B x4 1K replicated", "8B x4 1K", "Qwen3-8B", 4, False, 96, 768, 256, 55, utilization=0.97, ranks_per_gpu=4
-    )
-    same = Row(
-        "14B x2 identity replicated", "14B x2 identity", "Qwen3-14B", 2, False, 32, 64, 24, 16, layers=6, ranks_per_gpu=2,
-        options=("--batching", "grouped", "--group-size", "8"),
-    )  # fmt: skip
-    long = replace(fourteen, requests=64)
-    return [
-        fourteen,
-        _pooled(fourteen, 38),
-        eight,
-        _pooled(eight, 32),
-        same,
-        _pooled(same, 16),
-        replace(long, name="14B x2 2K replicated", pair="14B x2 2K", prompt=1536, answer=512, estimate_s=60),
-        _pooled(replace(long, name="14B x2 2K replicated", pair="14B x2 2K", prompt=1536, answer=512), 45),
-        replace(long, name="14B x2 4K replicated", pair="14B x2 4K", prompt=3584, answer=512, estimate_s=90),
-        _pooled(replace(long, name="14B x2 4K replicated", pair="14B x2 4K", prompt=3584, answer=512), 60),
-    ]
-
-
-def host_tier() -> list[Row]:
-    """One rank. Utilization is set so that weights and cache stand to each other as those of all layers on 80 GB."""
-    resident = Row(
-        "32B/24 resident", "32B/24", "Qwen3-32B", 1, False, 512, 64, 16, 25, utilization=0.36, layers=24,
-        max_batch=1024, options=("--max-batched-tokens", "8192"),
-    )  # fmt: skip
-    tier = replace(
-        resident, name="32B/24 host tier", pooled=True, options=(*resident.options, "--host-tier", "--slots", "3"),
-        estimate_s=35,
-    )  # fmt: skip
-    return [tier, replace(resident, name="32B/24 accelerate", offload="accelerate", estimate_s=60), resident]
-
-
-def two_gpus() -> list[Row]:
-    """One rank on each GPU, over the link between them."""
-    large = Row("32B x2 1K replicated", "32B x2 1K", "Qwen3-32B", 2, False, 96, 768, 256, 75)
-    capped = Row("14B x2 1K at 0.6 replicated", "14B x2 1K at 0.6", "Qwen3-14B", 2, False, 256, 768, 256, 50, 0.6)
-    return [
-        large,
-        _pooled(large, 55, "was"),
-        _pooled(large, 55, "auto"),
-        replace(
-            _pooled(large, 55, "was"), name="32B x2 1K striped was", options=("--mode", "was", "--placement", "striped")
-        ),
-        capped,
-        _pooled(capped, 45, "was"),
-        _pooled(capped, 45, "auto"),
-    ]
-
-
-def _pooled(row: Row, estimate_s: float, mode: str = "") -> Row:
-    options = (*row.options, "--mode", mode) if mode else row.options
-    name = row.name.replace("replicated", f"pooled {mode}".strip())
-    return replace(row, name=name, pooled=True, estimate_s=estimate_s, options=options)
-
-
-TINY = {
-    "model_type": "qwen3", "vocab_size": 500, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 8,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": False,
-    "max_position_embeddings": 4096, "torch_dtype": "bfloat16",
-}  # fmt: skip
-
-
-def shortened(row: Row, answer: int) -> Row:
-    """The same row with answers of `answer` tokens."""
-    generating = max(0.0, row.estimate_s - _START_S) * answer / row.answer
-    return replace(row, answer=answer, estimate_s=min(row.estimate_s, _START_S) + generating)
-
-
-def small(row: Row) -> Row:
-    """The same row for a CPU, to try the script itself."""
-    options = tuple(word for word in row.options if word != "--host-tier")
-    return replace(row, requests=8, prompt=12, answer=6, max_batch=8, layers=row.layers and 6, options=options)
-
 
 # ---- one row --------------------------------------------------------------------------------------------------------
 
@@ -223,11 +121,7 @@ class Bench:
 
     def _compare(self, row: Row, output: Path, result: dict) -> None:
         """With the first row of the pair: requests whose answers are equal, and tokens before the first difference."""
-        mine = {}
-        for line in output.read_text().splitlines():
-            answer = json.loads(line)
-            if answer["error"] is None:
-                mine[answer["custom_id"]] = answer["response"]["body"]["choices"][0]["text"]
+        mine = {name: answer.text for name, answer in answers_of(output).items()}
         first = self.answers.setdefault(row.pair, mine)
         if first is mine:
             return
@@ -268,7 +162,7 @@ class Bench:
     def _device(self, ranks: int, eager: bool) -> tuple[int, int]:
         """Measured here: (bytes that one of `ranks` processes on a GPU takes before it holds anything, the GPU's)."""
         if (ranks, eager) not in self.device:
-            self.device[ranks, eager] = _measure(ranks, eager)
+            self.device[ranks, eager] = measure_context(ranks, eager)
         return self.device[ranks, eager]
 
 
@@ -299,78 +193,6 @@ def _figures(summary: dict) -> dict:
 
 def _common(a: list[str], b: list[str]) -> int:
     return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-# ---- the device -----------------------------------------------------------------------------------------------------
-
-_CONTEXT = """
-import sys, torch
-torch.cuda.init()
-a = torch.randn(512, 512, device="cuda", dtype=torch.bfloat16)
-a @ a
-torch.cuda.synchronize()
-del a
-torch.cuda.empty_cache()
-free, total = torch.cuda.mem_get_info()
-print(total - free, total, flush=True)
-sys.stdin.readline()
-"""
-
-
-def _measure(ranks: int, eager: bool) -> tuple[int, int]:
-    """Processes are started one after another, all alive at the end, whose memory is divided by their number."""
-    started, used, total = [], 0, 0
-    loading = {"CUDA_MODULE_LOADING": "EAGER"} if eager else {}
-    try:
-        for _ in range(ranks):
-            process = subprocess.Popen(
-                [sys.executable, "-c", _CONTEXT],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                env={**os.environ, **loading},
-            )
-            started.append(process)
-            used, total = map(int, process.stdout.readline().split())
-    finally:
-        for process in started:
-            process.communicate("\n", timeout=30)
-    return used // ranks, total
-
-
-@contextlib.contextmanager
-def mps(wanted: bool):
-    """An MPS of our own for the rows' processes, stopped at the end."""
-    if not wanted:
-        yield
-        return
-    folders = {name: tempfile.mkdtemp() for name in ("CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY")}
-    os.environ.update(folders)
-    subprocess.run(["nvidia-cuda-mps-control", "-d"], check=True, timeout=30)
-    try:
-        yield
-    finally:
-        subprocess.run(["nvidia-cuda-mps-control"], input="quit\n", text=True, timeout=30, check=False)
-        for name, folder in folders.items():
-            os.environ.pop(name)
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def environment(dry_run: bool) -> dict:
-    """Without a CUDA context of our own, which would take memory from the rows."""
-    import torch
-    import transformers
-
-    names = ["cpu"]
-    if not dry_run:
-        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-        names = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split("\n")[:-1]
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "devices": names,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
 
 
 # ---- the table ------------------------------------------------------------------------------------------------------

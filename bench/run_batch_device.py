@@ -1,0 +1,83 @@
+"""The machine under bench/run_batch_gpu.py: an MPS of its own, what a process takes of a GPU, what is installed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+
+_CONTEXT = """
+import sys, torch
+torch.cuda.init()
+a = torch.randn(512, 512, device="cuda", dtype=torch.bfloat16)
+a @ a
+torch.cuda.synchronize()
+del a
+torch.cuda.empty_cache()
+free, total = torch.cuda.mem_get_info()
+print(total - free, total, flush=True)
+sys.stdin.readline()
+"""
+
+
+def measure_context(ranks: int, eager: bool) -> tuple[int, int]:
+    """(bytes that one of `ranks` processes on a GPU takes before it holds anything, the GPU's).
+
+    Processes are started one after another, all alive at the end, whose memory is divided by their number.
+    """
+    started, used, total = [], 0, 0
+    loading = {"CUDA_MODULE_LOADING": "EAGER"} if eager else {}
+    try:
+        for _ in range(ranks):
+            process = subprocess.Popen(
+                [sys.executable, "-c", _CONTEXT],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env={**os.environ, **loading},
+            )
+            started.append(process)
+            used, total = map(int, process.stdout.readline().split())
+    finally:
+        for process in started:
+            process.communicate("\n", timeout=30)
+    return used // ranks, total
+
+
+@contextlib.contextmanager
+def mps(wanted: bool):
+    """An MPS of our own for the rows' processes, stopped at the end."""
+    if not wanted:
+        yield
+        return
+    folders = {name: tempfile.mkdtemp() for name in ("CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY")}
+    os.environ.update(folders)
+    subprocess.run(["nvidia-cuda-mps-control", "-d"], check=True, timeout=30)
+    try:
+        yield
+    finally:
+        subprocess.run(["nvidia-cuda-mps-control"], input="quit\n", text=True, timeout=30, check=False)
+        for name, folder in folders.items():
+            os.environ.pop(name)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def environment(dry_run: bool) -> dict:
+    """Without a CUDA context of our own, which would take memory from the rows."""
+    import torch
+    import transformers
+
+    names = ["cpu"]
+    if not dry_run:
+        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        names = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split("\n")[:-1]
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "devices": names,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
