@@ -7,6 +7,7 @@
 
 #include "cas_server/cpu_requester.hpp"
 #include "cas_server/cpu_server.hpp"
+#include "p2p/bind_common.hpp"
 
 namespace py = pybind11;
 
@@ -16,8 +17,6 @@ namespace {
 
 using namespace cas;
 using namespace cas::cpu;
-
-using NoGil = py::call_guard<py::gil_scoped_release>;
 
 const std::byte* bytes_at(std::uintptr_t address) { return reinterpret_cast<const std::byte*>(address); }
 

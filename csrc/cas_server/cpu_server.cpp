@@ -37,11 +37,7 @@ CpuServer::CpuServer(ServerOptions options, std::shared_ptr<const Blas> blas)
                " mailbox regions, got ", options_.regions.size());
   std::uint32_t widest = 0;
   for (const FfnSlice& slice : options_.layers) {
-    const std::uint64_t element = element_bytes(slice.dtype);
-    SIDP_REQUIRE(slice.hidden * element <= geometry.row_bytes &&
-                     slice.hidden * (options_.striped ? 4 : element) <= geometry.reply_row_bytes,
-                 ConfigError, "a layer of hidden size ", slice.hidden, " does not fit mailbox rows of ", geometry.row_bytes,
-                 " and ", geometry.reply_row_bytes, " bytes");
+    check_row(geometry, slice.hidden, element_bytes(slice.dtype), options_.striped);
     widest = std::max(widest, slice.hidden);
   }
   for (std::byte* region : options_.regions) regions_.emplace_back(region, geometry);

@@ -79,4 +79,11 @@ inline void check_geometry(const Geometry& geometry, int rank) {
                geometry.max_rows);
 }
 
+// ConfigError where a layer's rows are wider than the region's.
+inline void check_row(const Geometry& geometry, std::uint64_t hidden, std::uint64_t element_bytes, bool striped) {
+  SIDP_REQUIRE(hidden * element_bytes <= geometry.row_bytes && hidden * (striped ? 4 : element_bytes) <= geometry.reply_row_bytes,
+               ConfigError, "a layer of hidden size ", hidden, " does not fit mailbox rows of ", geometry.row_bytes, " and ",
+               geometry.reply_row_bytes, " bytes");
+}
+
 }  // namespace sidp::cas::cpu

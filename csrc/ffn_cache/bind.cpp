@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "bind_trace.hpp"
 #include "ring.hpp"
 
 namespace py = pybind11;
@@ -18,7 +19,6 @@ namespace {
 using cache::Ring;
 using cache::RingOptions;
 using cache::Source;
-using cache::TraceEvent;
 
 std::unique_ptr<Ring> make_ring(const Placement& placement, int rank,
                                 const std::vector<std::pair<std::uintptr_t, std::uintptr_t>>& sources,
@@ -37,25 +37,6 @@ std::unique_ptr<Ring> make_ring(const Placement& placement, int rank,
   options.limits = {link_bytes_per_s, owner_bytes_per_s};
   return std::make_unique<Ring>(placement, rank, std::move(list), reinterpret_cast<const std::atomic<int>*>(dead_rank),
                                 options);
-}
-
-const char* kind_name(TraceEvent::Kind kind) {
-  switch (kind) {
-    case TraceEvent::Kind::fetch:
-      return "fetch";
-    case TraceEvent::Kind::compute:
-      return "compute";
-    case TraceEvent::Kind::stall:
-      return "stall";
-  }
-  return "?";
-}
-
-py::list trace_list(Ring& ring) {
-  py::list list;
-  for (const TraceEvent& event : ring.trace().events())
-    list.append(py::make_tuple(kind_name(event.kind), event.layer, event.slot, event.begin, event.end));
-  return list;
 }
 
 }  // namespace
@@ -95,7 +76,7 @@ void bind_ffn_cache(py::module_& m) {
       .def_property_readonly("schedule", &Ring::schedule, py::return_value_policy::reference_internal)
       .def("stats", &Ring::stats)
       .def("start_trace", [](Ring& ring, std::size_t capacity) { ring.trace().start(capacity); }, py::arg("capacity"))
-      .def("trace", &trace_list);
+      .def("trace", [](Ring& ring) { return cache::trace_list(ring.trace().events()); });
 }
 
 }  // namespace sidp

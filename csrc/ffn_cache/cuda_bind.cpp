@@ -5,6 +5,7 @@
 #include <memory>
 #include <string>
 
+#include "bind_trace.hpp"
 #include "cuda_rate.hpp"
 #include "cuda_ring.hpp"
 #include "../error.hpp"
@@ -18,7 +19,6 @@ using cache::CudaRing;
 using cache::CudaRingOptions;
 using cache::CudaRingStats;
 using cache::HandOver;
-using cache::TraceEvent;
 
 HandOver hand_over_from(const std::string& name) {
   SIDP_REQUIRE(name == "events" || name == "words", ConfigError, "hand-over must be 'events' or 'words', got '", name, "'");
@@ -55,15 +55,6 @@ std::unique_ptr<CudaRing> make_ring(const Placement& placement, int rank, const 
 
 cudaStream_t stream_of(std::uintptr_t stream) { return reinterpret_cast<cudaStream_t>(stream); }
 
-py::list trace_list(const CudaRing& ring) {
-  py::list list;
-  for (const TraceEvent& event : ring.trace_events()) {
-    const char* kind = event.kind == TraceEvent::Kind::fetch ? "fetch" : event.kind == TraceEvent::Kind::compute ? "compute" : "stall";
-    list.append(py::make_tuple(kind, event.layer, event.slot, event.begin, event.end));
-  }
-  return list;
-}
-
 }  // namespace
 
 void bind_cuda_ring(py::module_& m) {
@@ -91,7 +82,7 @@ void bind_cuda_ring(py::module_& m) {
       .def_property_readonly("schedule", &CudaRing::schedule, py::return_value_policy::reference_internal)
       .def("stats", &CudaRing::stats)
       .def("start_trace", &CudaRing::start_trace, py::arg("capacity"))
-      .def("trace", &trace_list);
+      .def("trace", [](const CudaRing& ring) { return cache::trace_list(ring.trace_events()); });
   m.def("cuda_copy_rate", &cache::cuda_copy_rate, py::arg("source"), py::arg("bytes"), py::arg("device"),
         py::call_guard<py::gil_scoped_release>(), "Bytes per second of copies from `source`, by the copy engine.");
 }

@@ -6,13 +6,13 @@
 #include <cstring>
 
 #include "error.hpp"
+#include "p2p/record.hpp"
 
 namespace sidp {
 namespace {
 
 constexpr char kMagic[8] = {'S', 'I', 'D', 'P', 'C', 'U', 'D', 'A'};
 constexpr std::uint32_t kVersion = 2;
-constexpr std::size_t kBootIdBytes = 32;
 constexpr std::uint64_t kPage = 2ull << 20;
 constexpr std::uint64_t kMostPadding = 1ull << 30;  // of a driver's pages, far above any that exists
 
@@ -39,13 +39,6 @@ struct Record {
   std::uint64_t checksum;  // of everything before it
 };
 static_assert(sizeof(Record) == kCudaHandleBytes, "the record's layout is shared between processes");
-
-std::uint64_t checksum_of(const Record& record) {
-  std::uint64_t hash = 0xcbf29ce484222325ull;
-  const auto* bytes = reinterpret_cast<const unsigned char*>(&record);
-  for (std::size_t i = 0; i < offsetof(Record, checksum); ++i) hash = (hash ^ bytes[i]) * 0x100000001b3ull;
-  return hash;
-}
 
 }  // namespace
 

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "error.hpp"
+#include "p2p/record.hpp"
 
 namespace sidp {
 namespace {
@@ -12,7 +13,6 @@ namespace {
 constexpr char kMagic[8] = {'S', 'I', 'D', 'P', 'H', 'N', 'D', 'L'};
 constexpr std::uint32_t kVersion = 1;
 constexpr std::size_t kNameBytes = 112;
-constexpr std::size_t kBootIdBytes = 32;
 
 struct Record {
   char magic[8];
@@ -37,15 +37,6 @@ struct Record {
   std::uint64_t checksum;  // of everything before it
 };
 static_assert(sizeof(Record) == kHandleBytes, "the record's layout is shared between processes");
-static_assert(offsetof(Record, checksum) == kHandleBytes - 8, "the checksum is last");
-
-// FNV-1a: finds damage, not malice; a forged record fails on its fields.
-std::uint64_t checksum_of(const Record& record) {
-  std::uint64_t hash = 0xcbf29ce484222325ull;
-  const auto* bytes = reinterpret_cast<const unsigned char*>(&record);
-  for (std::size_t i = 0; i < offsetof(Record, checksum); ++i) hash = (hash ^ bytes[i]) * 0x100000001b3ull;
-  return hash;
-}
 
 bool plain_name(const std::string& name) {
   for (unsigned char c : name)
