@@ -39,11 +39,7 @@ CpuRequester::CpuRequester(RequesterOptions options) : options_(std::move(option
   SIDP_REQUIRE(options_.regions.size() == geometry.world, ConfigError, "the requester needs ", geometry.world,
                " mailbox regions, got ", options_.regions.size());
   for (const RemoteLayer& layer : options_.layers) {
-    const std::uint64_t element = element_bytes(layer.dtype);
-    SIDP_REQUIRE(layer.hidden * element <= geometry.row_bytes &&
-                     layer.hidden * (options_.striped ? 4 : element) <= geometry.reply_row_bytes,
-                 ConfigError, "a layer of hidden size ", layer.hidden, " does not fit mailbox rows of ", geometry.row_bytes,
-                 " and ", geometry.reply_row_bytes, " bytes");
+    check_row(geometry, layer.hidden, element_bytes(layer.dtype), options_.striped);
     SIDP_REQUIRE(layer.hidden == 0 || options_.striped ||
                      (layer.owner >= 0 && static_cast<std::uint32_t>(layer.owner) < geometry.world),
                  ConfigError, "owner ", layer.owner, " of a remote layer is no rank of the group");
@@ -88,9 +84,14 @@ CpuRequester::Ticket CpuRequester::submit(int layer, const std::byte* x, std::by
 void CpuRequester::push(Channel& channel, int layer, const std::byte* x, std::byte* y, std::uint32_t rows) {
   const std::uint64_t sequence = channel.pushed + 1;
   for (int owner : channel.owners) check_owner(channel, owner);
+  bool woke = false;
+  for (int owner : channel.owners) {  // R1b
+    DoorbellLine* line = regions_[owner].doorbell();
+    woke = wake_ahead(&line->bell, &line->sleeping) || woke;
+  }
   for (int owner : channel.owners) write_request(owner, sequence, layer, x, rows);
   channel.pushed = sequence;
-  channel.pieces.push_back({sequence, channel.submits, static_cast<std::uint32_t>(layer), rows, y});
+  channel.pieces.push_back({sequence, channel.submits, static_cast<std::uint32_t>(layer), rows, y, woke});
   if (options_.activity != nullptr) fetch_add(options_.activity, 1);
   const std::lock_guard<std::mutex> lock(stats_mutex_);
   stats_.requests += channel.owners.size();
@@ -133,7 +134,7 @@ void CpuRequester::finish(const Ticket& ticket, double timeout_s) {
 void CpuRequester::drain(Channel& channel, const Deadline& deadline, double timeout_s) {
   const Piece piece = channel.pieces.front();
   const auto begin = Clock::now();
-  for (int owner : channel.owners) wait_for_reply(channel, owner, piece.sequence, deadline, timeout_s);
+  for (int owner : channel.owners) wait_for_reply(channel, owner, piece, deadline, timeout_s);
   const std::uint32_t slot = slot_of(piece.sequence, options_.geometry.slots);
   int refusing = -1;
   std::uint32_t status = 0;
@@ -165,12 +166,12 @@ void CpuRequester::note(const ReplyRecord& reply, bool first) {
 }
 
 // R5.
-void CpuRequester::wait_for_reply(Channel& channel, int owner, std::uint64_t sequence, const Deadline& deadline,
-                                  double timeout_s) {
+void CpuRequester::wait_for_reply(Channel& channel, int owner, const Piece& piece, const Deadline& deadline, double timeout_s) {
+  const std::uint64_t sequence = piece.sequence;
   const Region& own = regions_[options_.rank];
   const std::uint64_t* word = &own.reply(owner, slot_of(sequence, options_.geometry.slots))->sequence;
   const auto spin_end = Clock::now() + std::chrono::duration<double>(kSpinSeconds);
-  bool spinning = true;
+  bool spinning = !piece.woke;  // an owner that wakes may want this very core
   for (;;) {
     const std::uint64_t seen = load_acquire(word);
     if (seen == sequence) return;

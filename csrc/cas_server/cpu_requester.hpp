@@ -77,6 +77,7 @@ class CpuRequester {
     std::uint32_t layer;
     std::uint32_t rows;
     std::byte* target;     // null: the results are not wanted any more
+    bool woke;             // an owner slept: its answer is further away than it pays to look for
   };
   struct Channel {
     std::vector<int> owners;
@@ -93,7 +94,7 @@ class CpuRequester {
   void push(Channel& channel, int layer, const std::byte* x, std::byte* y, std::uint32_t rows);
   void write_request(int owner, std::uint64_t sequence, int layer, const std::byte* x, std::uint32_t rows);
   void drain(Channel& channel, const Deadline& deadline, double timeout_s);
-  void wait_for_reply(Channel& channel, int owner, std::uint64_t sequence, const Deadline& deadline, double timeout_s);
+  void wait_for_reply(Channel& channel, int owner, const Piece& piece, const Deadline& deadline, double timeout_s);
   void check_owner(Channel& channel, int owner);
   [[noreturn]] void fail(Channel& channel, int owner, const std::string& why);
   void read_rows(const Channel& channel, const Piece& piece);

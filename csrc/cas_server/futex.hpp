@@ -24,10 +24,18 @@ inline void futex_wait(std::uint32_t* word, std::uint32_t seen, double seconds) 
 inline void futex_wake_all(std::uint32_t* word) { ::syscall(SYS_futex, word, FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0); }
 
 // Whoever rings adds to the bell before it looks for sleepers, whoever sleeps says so before it reads the bell, all of it
-// sequentially consistent: one of the two sees the other, so no wake-up is lost.
-inline void ring_bell(std::uint32_t* bell, const std::uint32_t* sleepers) {
+// sequentially consistent: one of the two sees the other, so no wake-up is lost. Whether somebody slept.
+inline bool ring_bell(std::uint32_t* bell, const std::uint32_t* sleepers) {
   __atomic_fetch_add(bell, 1, __ATOMIC_SEQ_CST);
-  if (__atomic_load_n(sleepers, __ATOMIC_SEQ_CST) != 0) futex_wake_all(bell);
+  const bool slept = __atomic_load_n(sleepers, __ATOMIC_SEQ_CST) != 0;
+  if (slept) futex_wake_all(bell);
+  return slept;
+}
+
+// Ahead of work that is still being written: whoever sleeps now wakes meanwhile. It does not stand for `ring_bell`, which
+// is due when the work is there. Whether somebody slept.
+inline bool wake_ahead(std::uint32_t* bell, const std::uint32_t* sleepers) {
+  return __atomic_load_n(sleepers, __ATOMIC_RELAXED) != 0 && ring_bell(bell, sleepers);
 }
 
 // Sleeps on `bell` unless `ready()` holds; `sleepers` counts in whoever sleeps.

@@ -10,6 +10,8 @@ from groups import error, exact, open_pool, rows_of, weights_of
 
 import sidp
 from launch import parallel_launch
+from sidp import cas, cas_cpu
+from sidp._native import C
 from sidp.ffn import apply_formula
 
 # Largest error, relative to the largest value, that an FFN of this size may have in each dtype: the last rounding (half
@@ -54,6 +56,20 @@ def test_no_further_from_float64_than_the_unpooled_model(placement):
     measured = [pair for ratios in parallel_launch(_against_the_unpooled_model, 2, placement) for pair in ratios]
     assert len(measured) >= len(_variants())
     assert [(spec, ratio) for spec, ratio in measured if ratio > RATIO[spec.dtype]] == []
+
+
+@pytest.mark.parametrize("dtype", list(BOUND))
+def test_the_bound_does_not_grow_with_the_layer(dtype):
+    """The server's computation by itself, at the size of a small model's layer."""
+    spec = sidp.FFNSpec(1024, 4096, dtype=dtype)
+    w, x = weights_of(spec, 0), rows_of(spec, 32)
+    whole = {name: (w[name].data_ptr(), w[name].shape[1], False) for name in ("gate", "up", "down")}
+    held = C.FfnSlice(spec.hidden_size, spec.intermediate_size, "silu", cas.dtype_name(dtype), **whole)
+    wide, y = x.float(), torch.empty(x.shape, dtype=torch.float32)
+    C.run_slice(held, C.open_blas(cas_cpu.blas_libraries()), wide.data_ptr(), x.shape[0], y.data_ptr())
+    reference, ours, unpooled = exact(x, spec, 0), y.to(dtype), apply_formula(x, w, spec)
+    assert error(ours, reference) <= BOUND[dtype]
+    assert _mean_square(ours, reference) <= RATIO[dtype] * _mean_square(unpooled, reference)
 
 
 def _every_variant(ctx, placement: str, mode: str):
