@@ -5,7 +5,7 @@
     python bench/soak.py --seconds 300 --device cuda      on a GPU (several ranks on one need MPS)
 
 The group runs round after round in the same processes: pools of random placement, mode, slots and backups are made, used
-with random batch sizes and delays, closed and made again. Between rounds, and in them, one rank is stopped for a while
+with random batch sizes, replays and delays, closed and made again. Between rounds, and in them, one rank is stopped for a while
 (SIGSTOP), or killed: with backups the others must go on and check their results, without them they must name it. A killed
 rank ends the job; it is started anew. Prints a table of the faults and ends with 1 where anything was not as it must be.
 """
@@ -82,6 +82,25 @@ def check(y, x, tensors, spec, mode: str) -> None:
         raise AssertionError(f"a result of {mode} is not the reference's")
 
 
+def forwards(pool, chance: random.Random, generator, reference, spec, device: str) -> int:
+    """One forward of random batch sizes, or the same one several times over in the same buffers, as a graph is replayed."""
+    order = list(range(LAYERS))
+    if chance.random() < 0.1:
+        chance.shuffle(order)
+    batches = [(layer, torch.empty(chance.choice((1, 1, 2, 5, 17, 64)), HIDDEN, dtype=spec.dtype)) for layer in order]
+    batches = [(layer, x.to(device)) for layer, x in batches]
+    replays = chance.choice((1, 1, 1, 5))
+    for _ in range(replays):
+        for layer, x in batches:
+            x.copy_(torch.randn(x.shape, generator=generator))
+            y = ffn_forward(x, pool, layer)
+            if device == "cuda":  # calls return before their work is done; what went wrong in it is said first
+                torch.cuda.synchronize()
+                pool.check()
+            check(y, x, reference[layer], spec, pool.stats().last_mode)
+    return replays * LAYERS
+
+
 def body(ctx, seed: int, device: str, end: float) -> dict:
     """Rounds until `end` (time.time) or a loss; what was seen."""
     shared, own = random.Random(seed), random.Random(seed * 31 + ctx.rank)
@@ -106,18 +125,7 @@ def body(ctx, seed: int, device: str, end: float) -> dict:
         ctx.say(f"round {rounds}", settings)
         try:
             while time.time() < round_end or (pool.stats().lost_rank >= 0 and after < 3):
-                order = list(range(LAYERS))
-                if own.random() < 0.1:
-                    own.shuffle(order)
-                for layer in order:
-                    rows = own.choice((1, 1, 2, 5, 17, 64))
-                    x = torch.randn(rows, HIDDEN, generator=generator).to(spec.dtype).to(torch_device)
-                    y = ffn_forward(x, pool, layer)
-                    if device == "cuda":  # calls return before their work is done; what went wrong in it is said first
-                        torch.cuda.synchronize()
-                        pool.check()
-                    check(y, x, reference[layer], spec, pool.stats().last_mode)
-                    done += 1
+                done += forwards(pool, own, generator, reference, spec, device)
                 if pool.stats().lost_rank >= 0:
                     after += 1
                     if after == 1:
