@@ -50,25 +50,37 @@ def test_few_descriptors_are_named_on_every_rank(free):
 
 
 def body_is_signalled(ctx, phase, victim):
+    mode = "cas" if phase == "amid CaS requests" else "was"
+
     def stay(at):
         if phase == at and ctx.rank == victim:
             ctx.say("here")
             time.sleep(60)
 
     try:
-        with WeightPool([SPEC] * LAYERS, config=PoolConfig(timeout_s=30, slots=2)) as pool:
+        with WeightPool([SPEC] * LAYERS, config=PoolConfig(timeout_s=30, slots=2, mode=mode)) as pool:
             stay("loading")
             load_all(pool)
             stay("before commit")
+            if phase == "waiting in commit":
+                if ctx.rank == 0:
+                    ctx.hear("go on")
+                ctx.say("here")
             pool.commit()
             for use in range(1_000_000):
                 stay("in use")
                 ffn_forward(torch.ones(1, 32), pool, use % LAYERS)
+                if phase.endswith(("requests", "closing")) and use == 5 * LAYERS:
+                    ctx.say("here")
+                    if phase == "closing" and ctx.rank == victim:
+                        break
     except SidpError as error:
         return str(error), time.monotonic()
 
 
-@pytest.mark.parametrize("phase", ["loading", "before commit", "in use"])
+@pytest.mark.parametrize(
+    "phase", ["loading", "before commit", "waiting in commit", "in use", "amid CaS requests", "closing"]
+)
 @pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_one_rank_and_the_others_say_why(phase, sig):
     victim = 1
@@ -77,6 +89,8 @@ def test_a_signal_ends_one_rank_and_the_others_say_why(phase, sig):
         time.sleep(0.2)
         ranks.kill(victim, sig)
         sent = time.monotonic()
+        ranks.processes[victim].join(SEEN_WITHIN_S)
+        ranks.tell("go on")
         outcomes = ranks.join()
     assert outcomes[victim].exitcode not in (0, None)
     for rank in (0, 2):

@@ -256,6 +256,12 @@ class WeightPool:
                 if self._plan.on_gpu:
                     failure = self._reach.settle()
                 self._transport.serve_until_all_closed(self._reach.stop_serving)
+        except (
+            BaseException
+        ) as error:  # an interrupt, say: the others must not take this rank for one that closed in its turn
+            self._control.fail(error)
+            self._transport.mark_failed()
+            raise
         finally:
             self._tear_down()
         if failure is not None:

@@ -1,4 +1,4 @@
-"""What doctor reads out of nvidia-smi's topology, and what it says of GPUs that do not reach each other."""
+"""What doctor reads out of nvidia-smi's topology, and what it says of GPUs that do not reach each other or have no MPS."""
 
 from __future__ import annotations
 
@@ -37,3 +37,9 @@ def test_who_reaches_whom():
     found = doctor._reach([_gpu(0, [1]), _gpu(1, [])], {})
     assert found.level == "note" and "performance rank 0" in found.text and "not reached: 1->0" in found.text
     assert doctor._reach([_gpu(0, [])], {}).level == "note"
+
+
+def test_whether_ranks_can_share_a_gpu():
+    assert doctor._mps([{"mps": True}]).level == "ok"
+    found = doctor._mps([{"mps": False}])
+    assert found.level == "note" and "does not run" in found.text and "a GPU of its own" in found.text

@@ -70,6 +70,8 @@ def _connect(ctx, kind, stop_at, stops, cleanup=True):
             time.sleep(0.01)
         return seen
     except PeerError as error:
+        error = plane.first_cause(error)  # as a pool does: a rank that is late finds those gone that were not
+        plane.fail(error)
         return error.rank, str(error)
     finally:
         plane.watch.detach()
