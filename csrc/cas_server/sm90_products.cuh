@@ -117,6 +117,7 @@ __device__ __forceinline__ void load_fragments(const ServerArguments& args, Shar
   for (u32 k = 0; k < kBoxColumns / 16; ++k)
     load_matrices(to.weights[1][k], box + kBoxBytes + swizzled(row, 2 * k + me.lane / 16));
   if (kParts > 1) {
+    fence_async_proxy_shared();
     __syncwarp();
     if (me.lane == 0) barrier_arrive(&shared.empty[part_of(stage, 0)]);
   }
@@ -141,6 +142,7 @@ template <typename T, int N, bool kWide>
 __device__ __forceinline__ void multiply_registers(const ServerArguments& args, SharedState& shared, Multiplier& me,
                                                    u32 stages, Accumulators<N>& sums) {
   auto hand_back = [&] {
+    fence_async_proxy_shared();
     __syncwarp();
     if (me.lane == 0) barrier_arrive(&shared.empty[part_of(me.position.stage, 1)]);
     me.position.advance(stages_of(N));
