@@ -107,10 +107,20 @@ std::uint64_t sidp_cas_reply_offset(u32 world, u32 slots, u32 max_rows, u32 hidd
 
 struct ServerShape {
   u32 world, slots, max_rows, hidden, intermediate, layers, sms, rank, dtype, reply_float32, plain;
-  double idle_ms, run_ms, watch_ms, stall_s;
+  double idle_ms, run_ms, stall_s;
 };
 
-void* sidp_cas_server(const ServerShape* shape, std::uint64_t region, const std::uint64_t* peers) {
+// A page of bells in pinned host memory, one for each rank; 0 where there is none to be had.
+std::uint64_t sidp_cas_bells() {
+  MappedHostMemory* page = nullptr;
+  guarded([&] { page = new MappedHostMemory(kMaxWorld * sizeof(BellLine)); });
+  return reinterpret_cast<std::uint64_t>(page);
+}
+void sidp_cas_bells_free(std::uint64_t page) { delete reinterpret_cast<MappedHostMemory*>(page); }
+
+// `requester` of the same rank; `bells` from sidp_cas_bells().
+void* sidp_cas_server(const ServerShape* shape, std::uint64_t region, const std::uint64_t* peers, std::uint64_t bells,
+                      void* requester) {
   CudaServer* server = nullptr;
   guarded([&] {
     CudaServerConfig config;
@@ -124,12 +134,13 @@ void* sidp_cas_server(const ServerShape* shape, std::uint64_t region, const std:
     config.rank = shape->rank;
     config.idle_ms = shape->idle_ms;
     config.run_ms = shape->run_ms;
-    config.watch_ms = shape->watch_ms;
     config.stall_s = shape->stall_s;
     config.plain = shape->plain != 0;
+    config.asks = static_cast<const CudaRequester*>(requester);
     const Geometry geometry = Geometry::make(shape->world, shape->slots, shape->max_rows, shape->hidden, 2,
                                              shape->reply_float32 ? 4 : 2);
-    server = new CudaServer(config, geometry, reinterpret_cast<void*>(region), pointers(peers, shape->world));
+    server = new CudaServer(config, geometry, reinterpret_cast<void*>(region), pointers(peers, shape->world),
+                            reinterpret_cast<MappedHostMemory*>(bells)->as<void>());
   });
   return server;
 }
@@ -166,7 +177,9 @@ int sidp_cas_counters(void* server, std::uint64_t* out) {
   });
 }
 
-void* sidp_cas_requester(const ServerShape* shape, std::uint64_t region, const std::uint64_t* owners, double timeout_s) {
+// `bells` of every owner, from sidp_cas_bells().
+void* sidp_cas_requester(const ServerShape* shape, std::uint64_t region, const std::uint64_t* owners,
+                         const std::uint64_t* bells, double timeout_s) {
   CudaRequester* requester = nullptr;
   guarded([&] {
     CudaRequesterConfig config;
@@ -177,12 +190,14 @@ void* sidp_cas_requester(const ServerShape* shape, std::uint64_t region, const s
     config.timeout_s = timeout_s;
     const Geometry geometry = Geometry::make(shape->world, shape->slots, shape->max_rows, shape->hidden, 2,
                                              shape->reply_float32 ? 4 : 2);
-    requester = new CudaRequester(config, geometry, reinterpret_cast<void*>(region), pointers(owners, shape->world));
+    std::vector<void*> pages;
+    for (u32 o = 0; o < shape->world; ++o) pages.push_back(reinterpret_cast<MappedHostMemory*>(bells[o])->as<void>());
+    requester = new CudaRequester(config, geometry, reinterpret_cast<void*>(region), pointers(owners, shape->world), pages);
   });
   return requester;
 }
 
-// owner < 0: all of them (`striped`)
+// owner < 0: all of them (`striped`). Not announced: captured and not captured pushes are the same here.
 int sidp_cas_push(void* requester, int owner, u32 layer, std::uint64_t x, u32 rows, std::uint64_t pitch,
                   std::uint64_t stream) {
   return guarded([&] {

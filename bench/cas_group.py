@@ -37,13 +37,13 @@ class Shape(ctypes.Structure):
             "reply_float32",
             "plain",
         )
-    ] + [(name, ctypes.c_double) for name in ("idle_ms", "run_ms", "watch_ms", "stall_s")]
+    ] + [(name, ctypes.c_double) for name in ("idle_ms", "run_ms", "stall_s")]
 
 
 def load(path: str) -> ctypes.CDLL:
     lib = ctypes.CDLL(path)
     lib.sidp_cas_error.restype = ctypes.c_char_p
-    for name in ("sidp_cas_region_bytes", "sidp_cas_reply_offset"):
+    for name in ("sidp_cas_region_bytes", "sidp_cas_reply_offset", "sidp_cas_bells"):
         getattr(lib, name).restype = ctypes.c_uint64
     for name in ("sidp_cas_server", "sidp_cas_requester"):
         getattr(lib, name).restype = ctypes.c_void_p
@@ -85,26 +85,29 @@ class Group:
     """`world` requesters of one process; one server per owner in `owners`."""
 
     def __init__(self, lib, units, world=1, owners=1, slots=4, max_rows=128, sms=32, striped=False, plain=False,
-                 idle_ms=2.0, run_ms=50.0, watch_ms=5.0, stall_s=3.0, start=True):  # fmt: skip
+                 idle_ms=2.0, run_ms=50.0, stall_s=3.0, start=True):  # fmt: skip
         self.lib, self.units, self.striped = lib, units, striped
         down = units[0].tensors["down"]
         self.hidden, inner, self.dtype = down.shape[0], down.shape[1] // (owners if striped else 1), down.dtype
         code = {torch.bfloat16: 0, torch.float16: 1}[self.dtype]
         self.shape = Shape(world, slots, max_rows, self.hidden, inner, len(units), sms, 0, code, striped, plain,
-                           idle_ms, run_ms, watch_ms, stall_s)  # fmt: skip
+                           idle_ms, run_ms, stall_s)  # fmt: skip
         self.shape_args = (world, slots, max_rows, self.hidden, 4 if striped else 2)
         size = lib.sidp_cas_region_bytes(*self.shape_args)
         self.regions = [torch.zeros(size, dtype=torch.uint8, device="cuda") for _ in range(world)]
         pointers = (ctypes.c_uint64 * world)(*[r.data_ptr() for r in self.regions])
+        self.bells = (ctypes.c_uint64 * world)(*[self.made(lib.sidp_cas_bells()) for _ in range(world)])
         torch.cuda.synchronize()
         self.requesters, self.servers, self.slices = [], [], []
         for rank in range(world):
             self.shape.rank = rank
             region = ctypes.c_uint64(self.regions[rank].data_ptr())
-            self.requesters.append(self.made(lib.sidp_cas_requester(ctypes.byref(self.shape), region, pointers,
+            self.requesters.append(self.made(lib.sidp_cas_requester(ctypes.byref(self.shape), region, pointers, self.bells,
                                                                    ctypes.c_double(5.0))))  # fmt: skip
             if rank < owners:
-                server = self.made(lib.sidp_cas_server(ctypes.byref(self.shape), region, pointers))
+                server = self.made(lib.sidp_cas_server(ctypes.byref(self.shape), region, pointers,
+                                                       ctypes.c_uint64(self.bells[rank]),
+                                                       ctypes.c_void_p(self.requesters[rank])))  # fmt: skip
                 self.servers.append(server)
                 for layer, unit in enumerate(units):
                     self.register(server, layer, unit, rank, owners)
@@ -185,6 +188,8 @@ class Group:
             self.lib.sidp_cas_server_free(ctypes.c_void_p(server))
         for requester in self.requesters:
             self.lib.sidp_cas_requester_free(ctypes.c_void_p(requester))
+        for page in self.bells:
+            self.lib.sidp_cas_bells_free(ctypes.c_uint64(page))
 
 
 def relative(y: torch.Tensor, reference: torch.Tensor) -> float:

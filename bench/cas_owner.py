@@ -75,17 +75,11 @@ def owner_cost(lib, sms: int) -> dict:
     x = torch.randn(8, hidden, device="cuda", dtype=torch.bfloat16)
     states: dict = {"none": measure(work)}
 
-    group = Group(lib, units, sms=sms, idle_ms=1.0, run_ms=20.0, watch_ms=5.0)
+    group = Group(lib, units, sms=sms, idle_ms=1.0, run_ms=20.0)
     try:
         torch.cuda.synchronize()
         states["idle"] = measure(work)
         states["busy"] = beside_busy(group, x, work)
-    finally:
-        group.close()
-    group = Group(lib, units, sms=sms, idle_ms=1.0, run_ms=20.0, watch_ms=20.0)
-    try:
-        torch.cuda.synchronize()
-        states["idle, watch of 20 ms"] = measure(work)
     finally:
         group.close()
     group = Group(

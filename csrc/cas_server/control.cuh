@@ -1,27 +1,12 @@
 // The control role: one warp of CTA 0, lane r standing for requester r. It watches the mailboxes, elects a batch
 // (O1-O3) and publishes it on the board for all CTAs; and what ends a batch (O6, O7). Used by every serving kernel.
+// Which launch serves, and until when, is in server_life.cuh.
 #pragma once
 
-#include "ptx.cuh"
-#include "serve_types.hpp"
+#include "server_life.cuh"
 
 namespace sidp {
 namespace cas {
-
-constexpr u32 kAllLanes = 0xffffffffu;
-
-// Only bugs and CTAs that were never scheduled get here: say what, then end the kernel with an error, not a hang.
-__device__ inline void fail(const ServerArguments& args, ServerFault fault, u32 detail) {
-  volatile ServerHostWords* host = args.host;
-  if (host->fault == 0) {
-    host->fault_detail = detail;
-    host->fault = static_cast<u32>(fault);
-  }
-  __threadfence_system();
-  __trap();
-}
-
-__device__ inline bool reached(u32 counter, u32 target) { return static_cast<int>(counter - target) >= 0; }
 
 // --- O6, O7 ---
 
@@ -84,6 +69,7 @@ struct Control {
   u32 polls;
   bool reads;  // this lane has a requester, not retired, not broken
   bool stop;
+  bool waits;   // this rank has requests of its own under way
   bool worked;  // in this launch
 };
 
@@ -230,32 +216,54 @@ __device__ inline void wait_completed(const ServerArguments& args, u32 id) {
     fail(args, ServerFault::kComplete, id);
 }
 
-// Publishes batch `id`: work when there is some, or the exit when the idle or the run bound has passed. `may_elect` says
-// when this CTA is nearly through with batch id - 1: electing earlier would miss requests that could still be fused.
+// What only the host and this rank's requester know; far away, so looked at now and then.
+__device__ inline void look_around(const ServerArguments& args, Control& control) {
+  const volatile ServerHostWords* host = args.host;
+  control.stop = host->stop != 0;
+  if (host->retired >> (threadIdx.x % 32) & 1) control.reads = false;
+  control.waits = own_rank_waits(args);
+}
+
+// The next batch in `batch`; false once this launch is to end. A launch that finds nothing at its start and whose own rank does
+// not wait leaves at once: it would hold its SMs for nothing.
+__device__ inline bool next_batch(const ServerArguments& args, Control& control, Batch* batch, u32 id) {
+  bool work = false;
+  while (true) {
+    if (control.polls++ % 64 == 0) look_around(args, control);
+    const u64 now = __shfl_sync(kAllLanes, now_ns(), 0);
+    if (control.waits) {
+      control.active_ns = now;
+      control.worked = true;
+    }
+    auto over = [&] { return control.stop || (now - control.started_ns > args.run_ns && !control.waits); };
+    work = !over() && elect(args, control, batch, id);
+    if (!work && (over() || (!control.waits && (!control.worked || now - control.active_ns > args.idle_ns)))) {
+      LifeAccess life{args, control.served};
+      const bool left = leaves(life, [&] {
+        __syncwarp();  // no lane looks before lane 0 has said that the server ends
+        look_around(args, control);
+        work = !over() && elect(args, control, batch, id);
+        return work || (control.waits && !control.stop);
+      });
+      if (left) return false;
+    }
+    if (work) {
+      control.active_ns = now;
+      control.worked = true;
+      return true;
+    }
+  }
+}
+
+// Publishes batch `id`: work, or the exit. `may_elect` says when this CTA is nearly through with batch id - 1: electing earlier
+// would miss requests that could still be fused.
 template <typename MayElect>
 __device__ inline void publish_batch(const ServerArguments& args, Control& control, u32 id, MayElect may_elect) {
   const u32 lane = threadIdx.x % 32;
   Batch* batch = &args.state->board[id % 2];
   wait_completed(args, id - 2);  // the last user of this board entry and of this parity's buffers
   if (!spin_until(may_elect, args.stall_ns)) fail(args, ServerFault::kRing, id);
-  bool work = false;
-  while (true) {
-    if (control.polls++ % 64 == 0) {
-      const volatile ServerHostWords* host = args.host;
-      control.stop = host->stop != 0;
-      if (host->retired >> lane & 1) control.reads = false;
-    }
-    const u64 now = __shfl_sync(kAllLanes, now_ns(), 0);
-    const bool over = control.stop || now - control.started_ns > args.run_ns;
-    work = !over && elect(args, control, batch, id);
-    if (work) {
-      control.active_ns = now;
-      control.worked = true;
-    }
-    // Without work at the start the launch followed a watch that ended by its bound: it would hold its SMs for nothing.
-    if (work || over || !control.worked || now - control.active_ns > args.idle_ns) break;
-  }
-  if (!work) {
+  if (!next_batch(args, control, batch, id)) {
     wait_completed(args, id - 1);
     if (lane == 0) {
       publish_headline(args, Headline{id, BatchKind::kExit, 0, 0});
@@ -301,47 +309,6 @@ __device__ inline void receive_batch(const ServerArguments& args, u32 id, Shared
     }
   }
   __syncwarp();
-}
-
-// T1, T2: by one thread of a CTA, the same answer in all CTAs of a launch.
-__device__ inline bool takes_turn(const ServerArguments& args) {
-  Turns& turns = args.state->turns;
-  u64* decision = &turns.decision[args.launch % kDecisions];
-  const u64 before = load_acquire_gpu(decision);
-  u64 decided = before;
-  if (before / 2 != args.launch) {
-    const u64 wish = 2 * args.launch + (load_acquire_gpu(&turns.ended) + 1 == args.turn);
-    decided = compare_swap_gpu(decision, before, wish);
-    if (decided == before) decided = wish;
-  }
-  if (decided % 2 == 0) return false;
-  const u64 mine = (args.turn << 24) + (args.launch & 0xffffff);
-  while (true) {
-    const u64 claim = load_acquire_gpu(&turns.claim);
-    if (claim >> 24 >= args.turn) return claim == mine;
-    if (compare_swap_gpu(&turns.claim, claim, mine) == claim) return true;
-  }
-}
-
-// By all threads of a CTA before anything else.
-__device__ inline bool begin_turn(const ServerArguments& args) {
-  __shared__ bool ours;
-  if (threadIdx.x == 0) {
-    ours = takes_turn(args);
-    if (ours && blockIdx.x == 0) *const_cast<volatile u64*>(&args.host->serving) = args.turn * 256 + args.stream;
-  }
-  __syncthreads();
-  return ours;
-}
-
-// The last CTA to leave hands the batch numbers on to the next launch (T3).
-__device__ inline void leave(const ServerArguments& args, u32 last_id) {
-  if (add_acq_rel_gpu(&args.state->exited, 1) == gridDim.x - 1) {
-    args.state->exited = 0;
-    args.state->base = last_id;
-    store_release_gpu(&args.state->turns.ended, args.turn);
-    *const_cast<volatile u64*>(&args.host->ended) = args.turn;
-  }
 }
 
 }  // namespace cas

@@ -38,6 +38,7 @@ FfnSlice make_slice(std::uint32_t hidden, std::uint32_t inner, const std::string
 }
 
 void bind_words(py::module_& m) {
+  m.attr("cas_bells_bytes") = kMaxWorld * sizeof(BellLine);  // CUDA backend
   py::class_<Geometry>(m, "CasGeometry")
       .def(py::init([](std::uint32_t world, std::uint32_t slots, std::uint32_t max_rows, std::uint32_t hidden_bytes,
                        std::uint32_t reply_bytes) {

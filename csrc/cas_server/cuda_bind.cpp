@@ -30,9 +30,10 @@ CudaCasUnit make_unit(std::uint32_t layer, std::uint32_t hidden, std::uint32_t i
 }
 
 std::unique_ptr<CudaCas> make_cas(int device, std::uint32_t rank, const Geometry& geometry, std::uint64_t pool_id, bool striped,
-                                  const std::vector<std::uintptr_t>& regions, std::uint32_t hidden, const std::string& dtype,
-                                  std::vector<int> owners, std::vector<CudaCasUnit> units, unsigned sms, double timeout_s,
-                                  std::shared_ptr<PeerWatch> watch, std::uintptr_t activity, const py::object&) {
+                                  const std::vector<std::uintptr_t>& regions, const std::vector<std::uintptr_t>& bells,
+                                  std::uintptr_t own_bells, std::uint32_t hidden, const std::string& dtype,
+                                  std::vector<int> owners, std::vector<CudaCasUnit> units, unsigned sms, unsigned ranks_here,
+                                  double timeout_s, std::shared_ptr<PeerWatch> watch, std::uintptr_t activity, const py::object&) {
   CudaCasOptions options;
   options.device = device;
   options.rank = rank;
@@ -40,11 +41,14 @@ std::unique_ptr<CudaCas> make_cas(int device, std::uint32_t rank, const Geometry
   options.pool_id = pool_id;
   options.striped = striped;
   for (const std::uintptr_t region : regions) options.regions.push_back(pointer(region));
+  for (const std::uintptr_t page : bells) options.bells.push_back(pointer(page));
+  options.own_bells = pointer(own_bells);
   options.hidden = hidden;
   options.dtype = dtype_from(dtype);
   options.owners = std::move(owners);
   options.units = std::move(units);
   options.sms = sms;
+  options.ranks_here = ranks_here;
   options.timeout_s = timeout_s;
   options.watch = std::move(watch);
   options.activity = static_cast<std::uint64_t*>(pointer(activity));
@@ -78,8 +82,9 @@ void bind_cas_cuda(py::module_& m) {
                   },
                   py::arg("geometry"), py::arg("region"), py::arg("pool_id"), py::arg("device"))
       .def(py::init(&make_cas), py::arg("device"), py::arg("rank"), py::arg("geometry"), py::arg("pool_id"), py::arg("striped"),
-           py::arg("regions"), py::arg("hidden"), py::arg("dtype"), py::arg("owners"), py::arg("units"), py::arg("sms"),
-           py::arg("timeout_s"), py::arg("watch"), py::arg("activity"), py::arg("keep"), py::keep_alive<1, 16>())
+           py::arg("regions"), py::arg("bells"), py::arg("own_bells"), py::arg("hidden"), py::arg("dtype"), py::arg("owners"),
+           py::arg("units"), py::arg("sms"), py::arg("ranks_here"), py::arg("timeout_s"), py::arg("watch"), py::arg("activity"),
+           py::arg("keep"), py::keep_alive<1, 19>())
       .def("forward",
            [](CudaCas& cas, std::uint32_t layer, std::uintptr_t x, std::uintptr_t y, std::uint64_t rows, std::uintptr_t stream) {
              cas.forward(layer, pointer(x), pointer(y), rows, stream_at(stream));

@@ -13,10 +13,16 @@ namespace {
 
 constexpr unsigned kMeasuredSms = 40;  // beyond it nothing is gained at 32 rows and fewer; see bench/RESULTS.md
 
-unsigned default_sms(int device) {
+// A launch needs all its CTAs at once, each a whole SM, beside the servers and the waiting CTAs of all ranks on the GPU: otherwise
+// ranks that wait for each other hold the SMs that the answer needs.
+unsigned choose_sms(const CudaCasOptions& options) {
   int sms = 0;
-  SIDP_CUDA_CHECK(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device));
-  return std::min(kMeasuredSms, std::max(1u, static_cast<unsigned>(sms) / 2));
+  SIDP_CUDA_CHECK(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, options.device));
+  const unsigned all = static_cast<unsigned>(sms), each = all / options.ranks_here;
+  const unsigned most = each > kMaxCopyCtas ? each - kMaxCopyCtas : 1;
+  SIDP_REQUIRE(options.sms <= most, ConfigError, "cas_sms=", options.sms, ": ", options.ranks_here, " rank(s) on a GPU of ", all,
+               " SMs can have ", most, " each, since all servers and ", kMaxCopyCtas, " waiting CTAs a rank must fit at once");
+  return options.sms != 0 ? options.sms : std::min({kMeasuredSms, std::max(all / 2, 1u), most});
 }
 
 // The kernel for sm_90a takes rows and slices of whole 16 bytes; one unit that is not sends all to the other kernel.
@@ -44,11 +50,12 @@ CudaCas::CudaCas(CudaCasOptions options) : options_(std::move(options)) {
   asks.hidden = options_.hidden;
   asks.dtype = options_.dtype;
   asks.timeout_s = options_.timeout_s;
-  requester_ = std::make_unique<CudaRequester>(asks, options_.geometry, options_.regions[options_.rank], options_.regions);
+  requester_ = std::make_unique<CudaRequester>(asks, options_.geometry, options_.regions[options_.rank], options_.regions,
+                                               options_.bells);
 
   CudaServerConfig serves;
   serves.device = options_.device;
-  serves.sms = options_.sms != 0 ? options_.sms : default_sms(options_.device);
+  serves.sms = choose_sms(options_);
   serves.layers = static_cast<std::uint32_t>(options_.owners.size());
   serves.hidden = options_.hidden;
   serves.dtype = options_.dtype;
@@ -56,9 +63,11 @@ CudaCas::CudaCas(CudaCasOptions options) : options_(std::move(options)) {
   serves.pool_id = options_.pool_id;
   serves.rank = options_.rank;
   serves.plain = needs_plain(options_.units);
-  serves.each_turn = [this] { look_at_peers(); };
+  serves.asks = requester_.get();
+  serves.now_and_then = [this] { look_at_peers(); };
   for (const CudaCasUnit& unit : options_.units) serves.intermediate = std::max(serves.intermediate, unit.shape.intermediate);
-  server_ = std::make_unique<CudaServer>(serves, options_.geometry, options_.regions[options_.rank], options_.regions);
+  server_ = std::make_unique<CudaServer>(serves, options_.geometry, options_.regions[options_.rank], options_.regions,
+                                         options_.own_bells);
   for (const CudaCasUnit& unit : options_.units) server_->register_unit(unit.layer, unit.pointers, unit.shape);
   server_->start();
 }
@@ -89,18 +98,32 @@ void CudaCas::forward_here(std::uint32_t layer, const void* x, void* y, std::uin
 // At most `slots` pieces are in flight: a push beyond that would wait for a result that is only waited for behind it.
 void CudaCas::run(std::uint32_t layer, const Target& target, const void* x, void* y, std::uint64_t rows, cudaStream_t stream) {
   const DeviceGuard guard(options_.device);
-  server_->keep_queued();
+  cudaStreamCaptureStatus capture;
+  SIDP_CUDA_CHECK(cudaStreamIsCapturing(stream, &capture));
+  const bool announced = capture == cudaStreamCaptureStatusNone;
   if (options_.activity != nullptr) store_relaxed(options_.activity, ++calls_);
   const std::uint64_t pitch = std::uint64_t(options_.hidden) * 2, piece = options_.geometry.max_rows;
   const std::uint64_t pieces = (rows + piece - 1) / piece, ahead = options_.geometry.slots;
   const auto at = [&](const void* base, std::uint64_t i) {
     auto* first = static_cast<std::uint8_t*>(const_cast<void*>(base)) + i * piece * pitch;
     return RowsArgument{first,       pitch,         static_cast<std::uint32_t>(std::min(piece, rows - i * piece)), layer,
-                        target.first_owner, target.owners};
+                        target.first_owner, target.owners, false};
   };
   for (std::uint64_t i = 0; i < pieces + ahead; ++i) {
     if (i >= ahead && i - ahead < pieces) requester_->wait(at(y, i - ahead), target.striped, stream);
-    if (i < pieces) requester_->push(at(x, i), target.striped, stream);
+    if (i >= pieces) continue;
+    RowsArgument piece_rows = at(x, i);
+    piece_rows.announced = announced;
+    try {
+      if (announced) {
+        requester_->announce();
+        server_->ensure_serving();
+      }
+      requester_->push(piece_rows, target.striped, stream);
+    } catch (...) {
+      requester_->abort();  // what was announced and never comes would keep the server for ever
+      throw;
+    }
   }
 }
 

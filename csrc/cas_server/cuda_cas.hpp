@@ -26,11 +26,14 @@ struct CudaCasOptions {
   std::uint64_t pool_id = 0;
   bool striped = false;
   std::vector<void*> regions;  // by rank, as mapped here
+  std::vector<void*> bells;    // by rank: its page of BellLines, as this device writes it
+  const void* own_bells = nullptr;  // this rank's, as the host reads it
   std::uint32_t hidden = 0;
   Dtype dtype = Dtype::kBFloat16;
   std::vector<int> owners;     // by layer: whom to ask, -1 where nobody is asked; in `striped` all are
   std::vector<CudaCasUnit> units;  // that this rank serves
-  unsigned sms = 0;            // 0: as many as measured best
+  unsigned sms = 0;            // 0: as many as measured best, fewer where ranks share the GPU
+  unsigned ranks_here = 1;     // ranks that compute on this GPU, this one included
   double timeout_s = 60;
   std::shared_ptr<const PeerWatch> watch;
   std::uint64_t* activity = nullptr;  // counts calls, for peers that wait for this rank to finish

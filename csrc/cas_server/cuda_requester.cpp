@@ -4,11 +4,13 @@ namespace sidp {
 namespace cas {
 
 CudaRequester::CudaRequester(const CudaRequesterConfig& config, const Geometry& geometry, void* region,
-                             std::vector<void*> owner_regions)
+                             std::vector<void*> owner_regions, const std::vector<void*>& owner_bells)
     : config_(config), geometry_(geometry) {
   SIDP_REQUIRE(geometry.world >= 1 && geometry.world <= kMaxWorld, ConfigError, "world ", geometry.world,
                " is not in 1..", kMaxWorld);
   SIDP_REQUIRE(owner_regions.size() == geometry.world, ConfigError, owner_regions.size(), " owner regions for a world of ",
+               geometry.world);
+  SIDP_REQUIRE(owner_bells.size() == geometry.world, ConfigError, owner_bells.size(), " pages of bells for a world of ",
                geometry.world);
   SIDP_REQUIRE(std::size_t(config.hidden) * 2 <= geometry.row_bytes, LayoutError, "rows of ", config.hidden,
                " elements do not fit the mailboxes' ", geometry.row_bytes, " bytes");
@@ -21,6 +23,8 @@ CudaRequester::CudaRequester(const CudaRequesterConfig& config, const Geometry& 
   arguments_.region = static_cast<std::uint8_t*>(region);
   for (std::size_t o = 0; o < owner_regions.size(); ++o)
     arguments_.owner_region[o] = static_cast<std::uint8_t*>(owner_regions[o]);
+  for (std::size_t o = 0; o < owner_bells.size(); ++o)
+    if (owner_bells[o] != nullptr) arguments_.bell[o] = &static_cast<BellLine*>(owner_bells[o])[config.rank].sequence;
   arguments_.states = states_.as<RequesterState>();
   arguments_.host = host_memory_.as<RequesterHostWords>();
   arguments_.rank = config.rank;
@@ -40,8 +44,12 @@ void CudaRequester::check(const RowsArgument& rows) const {
                geometry_.max_rows, "; send more in pieces, none not at all");
   SIDP_REQUIRE(rows.rows != nullptr, LayoutError, "the rows are a null pointer");
   for (std::uint32_t owner = rows.first_owner; owner < rows.first_owner + rows.owners; ++owner)
-    SIDP_REQUIRE(owner < geometry_.world && arguments_.owner_region[owner] != nullptr, ConfigError, "owner ", owner,
-                 " has no region here");
+    SIDP_REQUIRE(owner < geometry_.world && arguments_.owner_region[owner] != nullptr && arguments_.bell[owner] != nullptr,
+                 ConfigError, "owner ", owner, " has no region or no bells here");
+}
+
+void CudaRequester::announce() {
+  __atomic_fetch_add(&host_memory_.as<RequesterHostWords>()->announced, 1, __ATOMIC_SEQ_CST);
 }
 
 void CudaRequester::push(const RowsArgument& rows, bool striped, cudaStream_t stream) {

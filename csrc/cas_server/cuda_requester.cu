@@ -10,13 +10,17 @@ namespace {
 
 constexpr u32 kCopyThreads = 1024;
 constexpr u32 kCopyUnitsPerThread = 4;  // of 16 bytes, in flight
-constexpr u32 kMaxCopyCtas = 16;
 
 // Both kernels are launched so that the next one of the stream may be set up while they still run (programmatic dependent
 // launch); here each waits for its predecessor's end and its writes.
 __device__ void follow_predecessor() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// Not before an answer is there: the successor's CTAs would hold SMs that a server on this GPU needs to give it.
+__device__ void let_successor_in() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
@@ -44,6 +48,15 @@ __device__ void report(const RequesterArguments& args, Fault fault, u32 status, 
 
 __device__ bool aligned16(const void* pointer, u64 pitch, u32 row_bytes) {
   return ((reinterpret_cast<u64>(pointer) | pitch | row_bytes) & 15) == 0;
+}
+
+// Behind everything else of a push, by one thread: what this rank's server goes by (life.hpp), R4, R4b.
+__device__ void hand_over(const RequesterArguments& args, const RowsArgument& rows, u32 owner, u64 sequence) {
+  RequesterState& state = args.states[owner];
+  state.pushed = sequence;
+  if (rows.announced && owner == rows.first_owner) store_release_gpu(&state.announced, state.announced + 1);
+  store_release_sys(reinterpret_cast<u64*>(args.owner_region[owner] + args.geometry.tail(args.rank)), sequence);
+  store_release_sys(args.bell[owner], sequence);
 }
 
 #if defined(SIDP_CAS_FAST)
@@ -91,6 +104,7 @@ __device__ bool copy_rows(const RowsArgument& user, u64 target_pitch, u64 source
 __global__ void __launch_bounds__(kCopyThreads) push_rows(const __grid_constant__ RequesterArguments args,
                                                           const __grid_constant__ RowsArgument rows, u16 flags) {
   follow_predecessor();
+  let_successor_in();
   const u32 owner = rows.first_owner + blockIdx.y;
   RequesterState& state = args.states[owner];
   std::uint8_t* region = args.owner_region[owner];
@@ -133,8 +147,7 @@ __global__ void __launch_bounds__(kCopyThreads) push_rows(const __grid_constant_
   copy.record.flags = flags;
   record[0] = copy.words[0];
   record[1] = copy.words[1];
-  state.pushed = sequence;
-  store_release_sys(reinterpret_cast<u64*>(region + args.geometry.tail(args.rank)), sequence);  // R4
+  hand_over(args, rows, owner, sequence);
 }
 
 // What one thread waits for: the reply of one owner.
@@ -208,6 +221,7 @@ __device__ bool copy_rows(std::uint8_t* target, u64 target_pitch, const std::uin
 __global__ void __launch_bounds__(kCopyThreads) push_rows(const __grid_constant__ RequesterArguments args,
                                                           const __grid_constant__ RowsArgument rows, u16 flags) {
   follow_predecessor();
+  let_successor_in();
   const u32 owner = rows.first_owner + blockIdx.y;
   RequesterState& state = args.states[owner];
   std::uint8_t* region = args.owner_region[owner];
@@ -242,8 +256,7 @@ __global__ void __launch_bounds__(kCopyThreads) push_rows(const __grid_constant_
   record->hidden = args.hidden;
   record->dtype = static_cast<u16>(args.dtype);
   record->flags = flags;
-  state.pushed = sequence;
-  store_release_sys(reinterpret_cast<u64*>(region + args.geometry.tail(args.rank)), sequence);  // R4
+  hand_over(args, rows, owner, sequence);
 }
 
 // What one thread waits for: the reply of one owner.
@@ -315,6 +328,7 @@ __global__ void __launch_bounds__(kCopyThreads) wait_rows(const __grid_constant_
     fill_with_nan(args, rows);
     return;
   }
+  let_successor_in();
   if (!striped) {  // R6
     copy_rows(
         rows, rows.pitch_bytes, args.geometry.reply_row_bytes, args.hidden * 2, [&] { return replies[0]; },
@@ -332,6 +346,7 @@ __global__ void __launch_bounds__(kCopyThreads) wait_rows(const __grid_constant_
     fill_with_nan(args, rows);
     return;
   }
+  let_successor_in();
   auto all_fit = [&] { return __syncthreads_and(!waits || reply_fits(args, expected, rows.count)) != 0; };
   if (!striped) {  // R6
     if (!copy_rows(static_cast<std::uint8_t*>(rows.rows), rows.pitch_bytes, replies[0], args.geometry.reply_row_bytes,

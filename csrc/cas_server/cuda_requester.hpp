@@ -10,56 +10,10 @@
 
 #include "cuda_check.hpp"
 #include "mailbox.hpp"
+#include "requester_types.hpp"
 
 namespace sidp {
 namespace cas {
-
-// What a requester has had answered.
-struct RequesterCounters {
-  std::uint64_t requests;
-  std::uint64_t rows;
-  std::uint64_t batch_rows;  // rows of the batches that its requests were fused into
-  std::uint64_t service_ns;  // from election to reply
-};
-
-// Device memory, one per owner. `pushed` is written by push kernels, `consumed` by wait kernels, in stream order.
-struct alignas(128) RequesterState {
-  std::uint64_t pushed;
-  std::uint32_t push_arrivals;  // CTAs of the running push; 0 in between
-  alignas(64) std::uint64_t consumed;
-  std::uint32_t wait_arrivals;
-  RequesterCounters counters;  // of the requests whose first owner this is
-};
-
-// Pinned host memory, mapped.
-struct RequesterHostWords {
-  alignas(128) std::uint64_t error;  // error_word() of the first fault, 0: none
-  alignas(128) std::uint32_t abort;  // not 0: every wait gives up
-};
-
-// Kernel argument.
-struct RequesterArguments {
-  Geometry geometry;
-  std::uint64_t pool_id;
-  std::uint64_t deadline_ns;
-  std::uint8_t* region;                  // this rank's
-  std::uint8_t* owner_region[kMaxWorld];  // as mapped here
-  RequesterState* states;
-  RequesterHostWords* host;
-  std::uint32_t rank;
-  std::uint32_t hidden;
-  Dtype dtype;
-};
-
-// Rows [count, hidden] `pitch_bytes` apart, 1 <= count <= max_rows: those of a request, or those of its result.
-struct RowsArgument {
-  void* rows;
-  std::uint64_t pitch_bytes;
-  std::uint32_t count;
-  std::uint32_t layer;
-  std::uint32_t first_owner;
-  std::uint32_t owners;  // 1: `layer`; more: `striped`
-};
 
 struct CudaRequesterConfig {
   int device = 0;
@@ -73,13 +27,16 @@ struct CudaRequesterConfig {
 class CudaRequester {
  public:
   // `region`: this rank's mailbox region; `owner_regions[o]`: owner o's as mapped here (this rank's own included), null
-  // where nothing will be sent.
+  // where nothing will be sent; `owner_bells[o]`: its page of BellLines, as this device writes it.
   CudaRequester(const CudaRequesterConfig& config, const Geometry& geometry, void* region,
-                std::vector<void*> owner_regions);
+                std::vector<void*> owner_regions, const std::vector<void*>& owner_bells);
   ~CudaRequester();
   CudaRequester(const CudaRequester&) = delete;
   CudaRequester& operator=(const CudaRequester&) = delete;
 
+  // Before a push that is enqueued with `announced`, so that this rank's server knows of it at once (life.hpp). A push that is
+  // captured into a graph is not announced: it runs any number of times.
+  void announce();
   // Enqueues on `stream` and returns at once. Pushes of one requester to one owner must be ordered by their streams, waits
   // likewise. `striped`: to several owners, the result is the float32 sum of their partial results in the order of the owners.
   void push(const RowsArgument& rows, bool striped, cudaStream_t stream);
@@ -87,6 +44,8 @@ class CudaRequester {
   void wait(const RowsArgument& rows, bool striped, cudaStream_t stream);
 
   std::uint32_t world() const { return geometry_.world; }
+  const RequesterState* states() const { return arguments_.states; }
+  const RequesterHostWords* host_words() const { return arguments_.host; }
   void abort();                // every wait gives up, with Fault::kAborted
   std::uint64_t error() const;  // error_word() of the first fault, 0: none; cheap, may be asked at any time
   void throw_if_failed() const;  // PeerError or LayoutError

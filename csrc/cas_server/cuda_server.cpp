@@ -1,7 +1,11 @@
 #include "cuda_server.hpp"
 
+#include <sys/prctl.h>
+
 #include <algorithm>
 #include <chrono>
+#include <iterator>
+#include <numeric>
 
 #include "tensor_maps.hpp"
 
@@ -12,8 +16,10 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-constexpr std::uint64_t kQueuedTurns = 2;
-constexpr std::chrono::microseconds kLook(300);  // at the device's words, by the launching thread
+constexpr std::chrono::microseconds kAwake(20), kAsleep(200);  // between two looks at the bells
+constexpr std::chrono::milliseconds kStaysAwake(500);           // after the last time that anything was wanted
+constexpr std::chrono::milliseconds kNowAndThen(1);
+constexpr int kMostPatience = 64;
 
 std::uint64_t nanoseconds(double milliseconds) { return static_cast<std::uint64_t>(milliseconds * 1e6); }
 
@@ -38,6 +44,7 @@ const char* fault_text(std::uint32_t fault) {
     case ServerFault::kInner: return "the intermediate of a batch was never completed";
     case ServerFault::kPartial: return "a partial sum never came";
     case ServerFault::kComplete: return "a batch never completed";
+    case ServerFault::kLife: return "a launch never decided, or never ended";
   }
   return "unknown";
 }
@@ -45,14 +52,15 @@ const char* fault_text(std::uint32_t fault) {
 }  // namespace
 
 CudaServer::CudaServer(const CudaServerConfig& config, const Geometry& geometry, void* region,
-                       std::vector<void*> peer_regions)
-    : config_(config), geometry_(geometry) {
+                       std::vector<void*> peer_regions, const void* bells)
+    : config_(config), geometry_(geometry), bells_(static_cast<const BellLine*>(bells)) {
   SIDP_REQUIRE(geometry.world >= 1 && geometry.world <= kMaxWorld, ConfigError, "world ", geometry.world,
                " is not in 1..", kMaxWorld);
   SIDP_REQUIRE(geometry.max_rows >= 1 && geometry.max_rows <= kMaxBatchRows, ConfigError, "max_rows ",
                geometry.max_rows, " is not in 1..", kMaxBatchRows);
   SIDP_REQUIRE(peer_regions.size() == geometry.world, ConfigError, peer_regions.size(), " peer regions for a world of ",
                geometry.world);
+  SIDP_REQUIRE(bells != nullptr, ConfigError, "this rank's bells are a null pointer");
   SIDP_REQUIRE(config.dtype != Dtype::kFloat32, ConfigError, "the CUDA server computes in bfloat16 or float16");
   SIDP_REQUIRE(config.layers <= kMaxLayers, ConfigError, config.layers, " layers are more than ", kMaxLayers);
   SIDP_REQUIRE(config.hidden >= 1 && std::size_t(config.hidden) * 2 <= geometry.row_bytes &&
@@ -103,6 +111,10 @@ CudaServer::CudaServer(const CudaServerConfig& config, const Geometry& geometry,
   arguments_.inner_stride = inner_stride;
   arguments_.partials = partials_.as<float>();
   arguments_.partial_flags = flags_.as<std::uint32_t>();
+  if (config.asks != nullptr) {
+    arguments_.asks = config.asks->states();
+    arguments_.asks_host = config.asks->host_words();
+  }
   arguments_.idle_ns = nanoseconds(config.idle_ms);
   arguments_.run_ns = nanoseconds(config.run_ms);
   arguments_.stall_ns = nanoseconds(config.stall_s * 1e3);
@@ -110,14 +122,14 @@ CudaServer::CudaServer(const CudaServerConfig& config, const Geometry& geometry,
   SIDP_CUDA_CHECK(preload_serve_kernels(path_, config.dtype));
   int least = 0, greatest = 0;
   SIDP_CUDA_CHECK(cudaDeviceGetStreamPriorityRange(&least, &greatest));
-  for (cudaStream_t& stream : streams_)
-    SIDP_CUDA_CHECK(cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking, greatest));
+  for (Stream& stream : streams_)
+    SIDP_CUDA_CHECK(cudaStreamCreateWithPriority(&stream.stream, cudaStreamNonBlocking, greatest));
 }
 
 CudaServer::~CudaServer() {
   stop();
-  for (cudaStream_t stream : streams_)
-    if (stream != nullptr) cudaStreamDestroy(stream);
+  for (const Stream& stream : streams_)
+    if (stream.stream != nullptr) cudaStreamDestroy(stream.stream);
 }
 
 void CudaServer::make_maps(UnitRecord& unit) const {
@@ -179,9 +191,13 @@ void CudaServer::start() {
     SIDP_CUDA_CHECK(cudaMemcpy(unit_memory_.as<void>(), units_.data(), sizeof(UnitRecord) * units_.size(),
                                cudaMemcpyHostToDevice));
   SIDP_CUDA_CHECK(cudaDeviceSynchronize());  // the zeroed workspace too; the stream waits for no other
-  queued_ = __atomic_load_n(&host_memory_.as<ServerHostWords>()->ended, __ATOMIC_ACQUIRE);
   stopping_ = false;
   __atomic_store_n(&host_memory_.as<ServerHostWords>()->stop, 0u, __ATOMIC_RELEASE);
+  {  // the first launch of a kernel may wait for all that runs, to make room for its local memory: not when somebody waits for it
+    const std::lock_guard<std::mutex> lock(launching_);
+    launch();
+    SIDP_CUDA_CHECK(cudaStreamSynchronize(streams_[stream_].stream));
+  }
   thread_ = std::thread([this] { serve_until_stopped(); });
 }
 
@@ -194,84 +210,111 @@ void CudaServer::stop() {
 
 namespace {
 
-// What the device has told of the turn that is on: whether it moves on, and since when not.
-class Progress {
+// Whether to launch for bells that ring without an answer coming of it: less and less often. A bell that was heard has been looked
+// at by the launch that it brought (L5), so only a requester that rings without asking gets here.
+class Patience {
  public:
-  Progress(const ServerHostWords* host, double watch_ms, double late_ms) : host_(host), watch_(watch_ms), late_(late_ms) {}
-
-  std::uint64_t ended() const { return __atomic_load_n(&host_->ended, __ATOMIC_ACQUIRE); }
-
-  // Whether the turn after the last one that ended should have begun by now.
-  bool late(Clock::time_point now) {
-    const std::uint64_t turn = ended() + 1;
-    const bool watching = __atomic_load_n(&host_->watching, __ATOMIC_RELAXED) >= turn;
-    const bool serving = __atomic_load_n(&host_->serving, __ATOMIC_RELAXED) / 256 >= turn;
-    const std::uint64_t state = turn * 4 + (serving ? 2 : watching ? 1 : 0);
-    if (state != state_) {
-      state_ = state;
-      since_ = now;
-      patience_ = 1;
-    }
-    if (serving || now - since_ < patience_ * (watching ? watch_ + late_ : late_)) return false;
+  bool allows(Clock::time_point now) const { return now - since_ >= std::chrono::milliseconds(tries_ - 1); }
+  void launched(Clock::time_point now, std::uint64_t served) {
+    tries_ = served != served_ ? 1 : std::min(2 * tries_, kMostPatience);
+    served_ = served;
     since_ = now;
-    patience_ = std::min(2 * patience_, 64);  // the device may just be busy
-    return true;
   }
 
  private:
-  using Milliseconds = std::chrono::duration<double, std::milli>;
-  const ServerHostWords* host_;
-  Milliseconds watch_, late_;
-  std::uint64_t state_ = 0;
-  Clock::time_point since_ = Clock::now();
-  int patience_ = 1;
+  std::uint64_t served_ = ~std::uint64_t(0);
+  int tries_ = 1;
+  Clock::time_point since_;
 };
 
 }  // namespace
 
-// Two turns, each a watch and a serving kernel, are kept queued, so that no request waits for this thread to wake up.
+bool CudaServer::running() const {
+  return __atomic_load_n(&host_memory_.as<ServerHostWords>()->running, __ATOMIC_ACQUIRE) != 0;
+}
+
+bool CudaServer::wanted() const {
+  const auto* host = host_memory_.as<ServerHostWords>();
+  const std::uint32_t deaf = __atomic_load_n(&host->retired, __ATOMIC_RELAXED) | __atomic_load_n(&host->broken, __ATOMIC_RELAXED);
+  for (std::uint32_t r = 0; r < geometry_.world; ++r)
+    if ((deaf >> r & 1) == 0 && __atomic_load_n(&bells_[r].sequence, __ATOMIC_ACQUIRE) >
+                                    __atomic_load_n(&host->served[r], __ATOMIC_RELAXED))
+      return true;
+  return false;
+}
+
+bool CudaServer::pending() const {
+  const auto* host = host_memory_.as<ServerHostWords>();
+  return __atomic_load_n(&host->begun[stream_], __ATOMIC_ACQUIRE) < streams_[stream_].launch;
+}
+
+void CudaServer::launch() {
+  ServerArguments arguments = arguments_;
+  Stream& stream = streams_[stream_];
+  stream.launch = arguments.launch = ++launches_;
+  arguments.stream = static_cast<std::uint32_t>(stream_);
+  launched_ = Clock::now();
+  SIDP_CUDA_CHECK(launch_serve(ServeLaunch{path_, config_.dtype, config_.sms, stream.stream}, arguments));
+}
+
+// Streams share hardware queues, and a queue stands still behind a kernel that waits for this very server.
+void CudaServer::launch_elsewhere() {
+  const auto* host = host_memory_.as<ServerHostWords>();
+  launched_ = Clock::now();  // where none is free: in a while again
+  for (std::size_t step = 1; step < streams_.size(); ++step) {
+    const std::size_t next = (stream_ + step) % streams_.size();
+    if (__atomic_load_n(&host->begun[next], __ATOMIC_ACQUIRE) < streams_[next].launch) continue;
+    stream_ = next;
+    launch();
+    return;
+  }
+}
+
+void CudaServer::ensure_serving() {
+  if (running()) return;
+  const std::lock_guard<std::mutex> lock(launching_);
+  if (!running() && !pending() && !stopping_) launch();
+}
+
 void CudaServer::serve_until_stopped() {
+  using Milliseconds = std::chrono::duration<double, std::milli>;
   try {
     SIDP_CUDA_CHECK(cudaSetDevice(config_.device));
     cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;  // others may be capturing while we launch
     SIDP_CUDA_CHECK(cudaThreadExchangeStreamCaptureMode(&mode));
-    Progress progress(host_memory_.as<ServerHostWords>(), config_.watch_ms, config_.late_ms);
+    prctl(PR_SET_TIMERSLACK, 1000, 0, 0, 0);
+    const auto* host = host_memory_.as<ServerHostWords>();
+    Patience patience;
+    int late = 1;
+    Clock::time_point wanted_at = Clock::now(), looked_at_peers;
     while (!stopping_) {
-      if (config_.each_turn) config_.each_turn();
-      keep_queued();
-      if (progress.late(Clock::now())) {
-        const std::lock_guard<std::mutex> lock(launching_);
-        stream_ = (stream_ + 1) % streams_.size();
-        repeated_ = progress.ended() + 1;
-        for (std::uint64_t turn = repeated_; turn <= queued_; ++turn) launch_turn(turn);
+      const Clock::time_point now = Clock::now();
+      if (config_.now_and_then && now - looked_at_peers > kNowAndThen) {
+        config_.now_and_then();
+        looked_at_peers = now;
       }
-      std::this_thread::sleep_for(kLook);
+      const bool serves = running(), wants = !serves && wanted();
+      if (serves || wants) wanted_at = now;
+      if (!serves) {
+        const std::lock_guard<std::mutex> lock(launching_);
+        if (!pending()) {
+          late = 1;
+          if (wants && patience.allows(now) && !running()) {
+            patience.launched(now, std::accumulate(std::begin(host->served), std::end(host->served), std::uint64_t(0)));
+            launch();
+          }
+        } else if (now - launched_ > late * Milliseconds(config_.late_ms)) {
+          late = std::min(2 * late, kMostPatience);  // the device may just be busy
+          launch_elsewhere();
+        }
+      }
+      std::this_thread::sleep_for(now - wanted_at < kStaysAwake ? kAwake : kAsleep);
     }
-    for (cudaStream_t stream : streams_) SIDP_CUDA_CHECK(cudaStreamSynchronize(stream));
+    for (const Stream& stream : streams_) SIDP_CUDA_CHECK(cudaStreamSynchronize(stream.stream));
   } catch (const std::exception& error) {
     failure_ = error.what();
     failed_.store(true, std::memory_order_release);
   }
-}
-
-void CudaServer::keep_queued() {
-  const auto* host = host_memory_.as<ServerHostWords>();
-  const std::lock_guard<std::mutex> lock(launching_);
-  const std::uint64_t serving = __atomic_load_n(&host->serving, __ATOMIC_ACQUIRE);
-  if (repeated_ != 0 && serving / 256 >= repeated_) {  // the next turns follow in the stream where this one came to run
-    stream_ = serving % 256;
-    repeated_ = 0;
-  }
-  while (!stopping_ && queued_ < __atomic_load_n(&host->ended, __ATOMIC_ACQUIRE) + kQueuedTurns) launch_turn(++queued_);
-}
-
-void CudaServer::launch_turn(std::uint64_t turn) {
-  ServerArguments arguments = arguments_;
-  arguments.turn = turn;
-  arguments.launch = ++launches_;
-  arguments.stream = static_cast<std::uint32_t>(stream_);
-  SIDP_CUDA_CHECK(launch_watch(arguments, nanoseconds(config_.watch_ms), streams_[stream_]));
-  SIDP_CUDA_CHECK(launch_serve(ServeLaunch{path_, config_.dtype, config_.sms, streams_[stream_]}, arguments));
 }
 
 void CudaServer::retire(std::uint32_t requester) {

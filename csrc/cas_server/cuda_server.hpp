@@ -1,9 +1,10 @@
 // The owner's side of CaS on a GPU: owns the streams, the workspace, the units' records and the thread that launches the
-// serving kernel again and again. Knows no torch; weights are pointers into the owner's arena.
+// serving kernel when a bell has rung (life.hpp). Knows no torch; weights are pointers into the owner's arena.
 #pragma once
 
 #include <array>
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <functional>
 #include <mutex>
@@ -12,6 +13,7 @@
 #include <vector>
 
 #include "cuda_check.hpp"
+#include "cuda_requester.hpp"
 #include "serve_kernels.hpp"
 
 namespace sidp {
@@ -27,13 +29,13 @@ struct CudaServerConfig {
   bool reply_float32 = false;  // `striped`: answer with partial sums
   std::uint64_t pool_id = 0;
   std::uint32_t rank = 0;
-  double idle_ms = 1.0;    // the serving kernel ends when nothing came for so long
-  double run_ms = 20.0;    // ... and after so long in any case
-  double watch_ms = 5.0;   // life of the one-warp kernel that waits in between; whoever waits for the device waits for two of them
-  double late_ms = 5.0;    // a launch that has not begun so long after its turn came is repeated on another stream
+  double idle_ms = 1.0;  // a launch ends when nothing came for so long and this rank waits for nobody
+  double run_ms = 20.0;  // ... and after so long even when there is work, unless this rank waits for others
+  double late_ms = 5.0;  // a launch that has not begun after so long is repeated on another stream
   double stall_s = 20.0;   // a wait inside the kernel that takes longer is a fault
   bool plain = false;      // the path for sm_80 even where sm_90a would run
-  std::function<void()> each_turn;  // called by the launching thread, every few milliseconds
+  const CudaRequester* asks = nullptr;  // this rank's requester, which outlives the server; null: it asks nobody
+  std::function<void()> now_and_then;   // called by the launching thread, about every millisecond
 };
 
 // Weights in Linear layout, row-major and contiguous: gate, up [intermediate, hidden], down [hidden, intermediate], of the
@@ -56,8 +58,10 @@ struct UnitShape {
 class CudaServer {
  public:
   // `region`: this rank's mailbox region (zeroed, in its arena); `peer_regions[r]`: requester r's as mapped here, this
-  // rank's own included, null for a rank that sends nothing. Throws ConfigError, sidp::Error.
-  CudaServer(const CudaServerConfig& config, const Geometry& geometry, void* region, std::vector<void*> peer_regions);
+  // rank's own included, null for a rank that sends nothing; `bells`: this rank's page of BellLines, as the host reads it.
+  // Throws ConfigError, sidp::Error.
+  CudaServer(const CudaServerConfig& config, const Geometry& geometry, void* region, std::vector<void*> peer_regions,
+             const void* bells);
   ~CudaServer();
   CudaServer(const CudaServer&) = delete;
   CudaServer& operator=(const CudaServer&) = delete;
@@ -65,9 +69,8 @@ class CudaServer {
   // Before start(). Throws LayoutError where the path in use cannot serve the shape.
   void register_unit(std::uint32_t layer, const UnitPointers& pointers, const UnitShape& shape);
   void start();
-  // Makes sure that the next turns are queued. Called before a request is enqueued: the launching thread may be kept from it by
-  // whoever holds the driver's locks.
-  void keep_queued();
+  // After the requester's announce() and before the push is enqueued: from here to the answer this rank serves (H1-H3).
+  void ensure_serving();
   // Returns once no kernel of this server runs; what was elected is answered, what was not stays in its slot.
   void stop();
   void retire(std::uint32_t requester);  // a requester that died or left
@@ -81,7 +84,11 @@ class CudaServer {
  private:
   void make_maps(UnitRecord& unit) const;
   void serve_until_stopped();
-  void launch_turn(std::uint64_t turn);
+  bool running() const;
+  bool wanted() const;     // whether a requester's bell is ahead of what has been served
+  bool pending() const;    // whether the newest launch has not begun; under `launching_`, like the rest
+  void launch();           // on the stream that the newest launch went to
+  void launch_elsewhere();  // on the next one that does not stand still; on none where all do
 
   CudaServerConfig config_;
   Geometry geometry_;
@@ -91,12 +98,16 @@ class CudaServer {
   DeviceMemory unit_memory_, state_, gathered_, inner_, partials_, flags_;
   MappedHostMemory host_memory_;
   ServerArguments arguments_ = {};
-  std::array<cudaStream_t, 8> streams_ = {};
-  std::size_t stream_ = 0;      // the one that launches go to now
-  std::uint64_t launches_ = 0;  // numbers of launches given away
-  std::uint64_t queued_ = 0;    // the last turn that was launched
-  std::uint64_t repeated_ = 0;  // the last turn that was launched twice and has not begun yet; 0: none
-  std::mutex launching_;        // guards the four
+  const BellLine* bells_;
+  struct Stream {
+    cudaStream_t stream = nullptr;
+    std::uint64_t launch = 0;  // the newest one there; numbers go through all streams
+  };
+  std::array<Stream, kServerStreams> streams_ = {};
+  std::size_t stream_ = 0;  // of the newest launch
+  std::chrono::steady_clock::time_point launched_;  // when that was
+  std::uint64_t launches_ = 0;
+  std::mutex launching_;  // guards the four
   std::thread thread_;
   std::atomic<bool> stopping_{true};
   std::atomic<bool> failed_{false};

@@ -74,6 +74,13 @@ struct alignas(128) DoorbellLine {
   std::uint32_t reserved[28];
 };
 
+// CUDA backend only: a page of host memory for each rank, mapped by all ranks and their GPUs; one line for each requester. R4b: the
+// requester repeats the number of R4 here, where the owner's launching thread sees it.
+struct alignas(128) BellLine {
+  std::uint64_t sequence;
+  std::uint64_t reserved[15];
+};
+
 // One for each requester: the number of the last request pushed. 0: none yet. Written by the requester alone (R4).
 struct alignas(128) TailLine {
   std::uint64_t sequence;
@@ -107,6 +114,7 @@ static_assert(sizeof(RegionHeader) == 128 && offsetof(RegionHeader, pool_id) == 
 static_assert(sizeof(DoorbellLine) == 128 && offsetof(DoorbellLine, sleeping) == 4 &&
                   offsetof(DoorbellLine, reply_bell) == 8 && offsetof(DoorbellLine, waiting) == 12,
               "doorbell line");
+static_assert(sizeof(BellLine) == 128 && kMaxWorld * sizeof(BellLine) == 4096, "the bells are one page");
 static_assert(sizeof(TailLine) == 128 && offsetof(TailLine, sequence) == 0, "tail line");
 static_assert(sizeof(RequestRecord) == 64, "request record");
 static_assert(offsetof(RequestRecord, pool_id) == 8 && offsetof(RequestRecord, layer) == 16 &&

@@ -42,11 +42,11 @@ __device__ inline u64 load_acquire_gpu(const u64* word) {
   return value;
 }
 // Returns what was there before.
-__device__ inline u64 compare_swap_gpu(u64* word, u64 expected, u64 desired) {
-  u64 before;
-  asm volatile("atom.acq_rel.gpu.global.cas.b64 %0, [%1], %2, %3;"
-               : "=l"(before)
-               : "l"(word), "l"(expected), "l"(desired)
+__device__ inline u32 compare_swap_gpu(u32* word, u32 expected, u32 desired) {
+  u32 before;
+  asm volatile("atom.acq_rel.gpu.global.cas.b32 %0, [%1], %2, %3;"
+               : "=r"(before)
+               : "l"(word), "r"(expected), "r"(desired)
                : "memory");
   return before;
 }

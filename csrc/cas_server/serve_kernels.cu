@@ -6,30 +6,6 @@
 namespace sidp {
 namespace cas {
 
-// One warp, lane r looking at requester r's tail. Its end lets the serving kernel queued behind it start, so that an idle
-// server holds one warp of one SM.
-__global__ void __launch_bounds__(32) watch(const __grid_constant__ ServerArguments args, u64 bound_ns) {
-  const u32 lane = threadIdx.x;
-  if (load_acquire_gpu(&args.state->turns.ended) >= args.turn) return;  // launched again elsewhere, and over
-  const Control control = begin_control(args);
-  volatile ServerHostWords* host = args.host;
-  if (lane == 0) host->watching = args.turn;
-  bool reads = control.reads;
-  for (u32 polls = 0;; ++polls) {
-    bool leave_now = false;
-    if (polls % 64 == 0) {  // host memory is far away
-      leave_now = host->stop != 0;
-      reads = reads && (host->retired >> lane & 1) == 0;
-    }
-    if (reads)
-      leave_now |= load_acquire_sys(reinterpret_cast<const u64*>(args.region + args.geometry.tail(lane))) !=
-                   control.served;
-    leave_now |= now_ns() - control.started_ns > bound_ns;
-    if (__any_sync(kAllLanes, leave_now)) return;
-    __nanosleep(200);
-  }
-}
-
 namespace {
 
 const void* kernel_of(ServePath path, Dtype dtype) {
@@ -53,10 +29,8 @@ bool sm90_path_built() {
 
 cudaError_t preload_serve_kernels(ServePath path, Dtype dtype) {
   cudaFuncAttributes attributes;
-  cudaError_t error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(&watch));
-  if (error != cudaSuccess) return error;
   const void* kernel = kernel_of(path, dtype);
-  error = cudaFuncGetAttributes(&attributes, kernel);
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
   if (error != cudaSuccess || path == ServePath::kPlain) return error;
   return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kServeSharedBytes);
 }
@@ -66,11 +40,6 @@ cudaError_t launch_serve(const ServeLaunch& launch, const ServerArguments& argum
   const unsigned threads = launch.path == ServePath::kSm90 ? kServeThreads : kPlainThreads;
   return cudaLaunchKernel(kernel_of(launch.path, launch.dtype), dim3(launch.ctas), dim3(threads), parameters,
                           shared_bytes(launch.path), launch.stream);
-}
-
-cudaError_t launch_watch(const ServerArguments& arguments, std::uint64_t bound_ns, cudaStream_t stream) {
-  void* parameters[] = {const_cast<ServerArguments*>(&arguments), &bound_ns};
-  return cudaLaunchKernel(reinterpret_cast<const void*>(&watch), dim3(1), dim3(32), parameters, 0, stream);
 }
 
 }  // namespace cas

@@ -24,11 +24,8 @@ bool sm90_path_built();
 // kernel that is running. Returns the first error.
 cudaError_t preload_serve_kernels(ServePath path, Dtype dtype);
 
-// A launch that ends by its idle or run bound.
+// A launch that serves and ends by itself, or leaves at once where another one serves (life.hpp).
 cudaError_t launch_serve(const ServeLaunch& launch, const ServerArguments& arguments);
-
-// One warp that ends when a request waits, the host asks to stop, or `bound_ns` have passed.
-cudaError_t launch_watch(const ServerArguments& arguments, std::uint64_t bound_ns, cudaStream_t stream);
 
 }  // namespace cas
 }  // namespace sidp

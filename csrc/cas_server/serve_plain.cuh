@@ -107,7 +107,7 @@ __device__ inline void plain_batch(const ServerArguments& args, const SharedBatc
 
 template <typename T>
 __global__ void __launch_bounds__(kPlainThreads) serve_plain(const __grid_constant__ ServerArguments args) {
-  if (!begin_turn(args)) return;
+  if (!begin_launch(args)) return;
   __shared__ SharedBatch here;
   const u32 first = load_acquire_gpu(&args.state->base) + 1;
   const bool herald = threadIdx.x < 32;
@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(kPlainThreads) serve_plain(const __grid_consta
     }
     __syncthreads();
     if (here.batch.kind == BatchKind::kExit) {
-      if (threadIdx.x == 0) leave(args, id);
+      if (threadIdx.x == 0) end_launch(args, id);
       break;
     }
     plain_batch<T>(args, here);

@@ -34,7 +34,7 @@ __device__ inline void init_shared(SharedState& shared) {
 template <typename T>
 __global__ void __launch_bounds__(kServeThreads, 1) serve_sm90(const __grid_constant__ ServerArguments args) {
 #if defined(SIDP_SM90A)
-  if (!begin_turn(args)) return;
+  if (!begin_launch(args)) return;
   extern __shared__ std::uint8_t raw[];
   std::uint8_t* ring = raw + (1024 - shared_address(raw) % 1024) % 1024;
   SharedState& shared = *reinterpret_cast<SharedState*>(ring + kRingBytes);

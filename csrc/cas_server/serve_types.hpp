@@ -7,7 +7,9 @@
 #include <cstdint>
 
 #include "activation.hpp"
+#include "life.hpp"
 #include "mailbox.hpp"
+#include "requester_types.hpp"
 
 namespace sidp {
 namespace cas {
@@ -91,24 +93,20 @@ struct ServerCounters {
   std::uint64_t launches;
 };
 
-// Launches of the serving kernel take turns, one at a time. Where a launch does not come to run, because the stream it went to
-// shares a hardware queue with a stream that waits for this very server, the host launches the same turn again on another
-// stream (cuda_server.cpp). So a turn may be launched several times, and the device decides which launch takes it:
-//   T1 the first CTA of a launch decides for all of its CTAs whether the turn has come (the one before it has ended)
-//   T2 of the launches whose turn has come one claims it, by compare-and-swap; the CTAs of the others leave at once
-//   T3 the last CTA of the turn's launch releases `ended`
-constexpr std::uint32_t kDecisions = 64;  // launches under way at most; the host keeps far fewer
-struct Turns {
-  std::uint64_t ended;                 // the last turn that is over
-  std::uint64_t claim;                 // (turn << 24) + launch mod 2^24
-  std::uint64_t decision[kDecisions];  // by launch: 2 x launch + whether its turn had come
+// Which launch serves is decided by the first CTA of a launch for all of them (life.hpp). A stream runs its launches one after
+// the other, so that the CTAs that arrive can be counted off: `arrivals` / CTAs is the number of the launch in its stream.
+constexpr std::uint32_t kServerStreams = 8;
+struct alignas(128) Decision {
+  std::uint64_t arrivals;
+  std::uint64_t decided;  // 2 x (number + 1) + whether it serves
 };
 
 // Device memory; outlives every launch. Words that many CTAs add to lie on lines of their own.
 struct ServerState {
   alignas(128) std::uint32_t board_sequence;  // the last batch published
   alignas(128) std::uint32_t completed;       // the last batch whose replies are released
-  alignas(128) Turns turns;
+  alignas(128) Life life;
+  Decision decision[kServerStreams];  // by stream
   alignas(128) std::uint32_t exited;          // CTAs that have left this launch
   std::uint32_t base;                         // the last batch of the launches before this one
   struct alignas(128) Progress {
@@ -128,9 +126,10 @@ struct ServerState {
 struct ServerHostWords {
   alignas(128) std::uint32_t stop;  // leave as soon as no batch is in flight
   std::uint32_t retired;            // bit per requester: do not serve it any more
-  alignas(128) std::uint64_t watching;  // the last turn whose watch has begun
-  std::uint64_t serving;                // ... whose launch has begun, x 256, + the stream of that launch
-  std::uint64_t ended;                  // ... that is over
+  alignas(128) std::uint32_t running;   // whether a launch serves and will look once more before it ends
+  std::uint32_t broken;                 // as in ServerState, when `running` was taken back
+  std::uint64_t served[kMaxWorld];      // ... likewise
+  alignas(128) std::uint64_t begun[kServerStreams];  // by stream: the newest launch that has begun
   alignas(128) std::uint32_t fault;  // ServerFault; the kernel traps after writing it
   std::uint32_t fault_detail;
   alignas(128) ServerCounters counters;
@@ -144,6 +143,7 @@ enum class ServerFault : std::uint32_t {
   kInner = 4,      // the intermediate was never completed
   kPartial = 5,    // a partial sum never came
   kComplete = 6,   // a batch never completed
+  kLife = 7,       // a launch that was leaving never left
 };
 
 // Kernel argument of every serving kernel.
@@ -167,9 +167,10 @@ struct ServerArguments {
   std::uint64_t inner_stride;
   float* partials;              // [2 parities][2 phases][ctas][256 x kMaxBatchRows], then [ctas] of them: a CTA's own
   std::uint32_t* partial_flags;  // [2][2][ctas][2 warpgroups]: number of the batch whose partial sum lies there
-  std::uint64_t turn;    // of this launch
-  std::uint64_t launch;  // its own number
-  std::uint32_t stream;  // of the host's, where it was launched
+  const RequesterState* asks;           // this rank's own requests; null: it asks nobody
+  const RequesterHostWords* asks_host;
+  std::uint64_t launch;  // its number
+  std::uint32_t stream;  // of kServerStreams, where it was launched
   std::uint64_t idle_ns;
   std::uint64_t run_ns;
   std::uint64_t stall_ns;

@@ -143,7 +143,7 @@ __device__ inline void herald(const ServerArguments& args, SharedState& shared, 
     const bool exits = shared.batch[parity].batch.kind == BatchKind::kExit;
     barrier_arrive(&shared.batch_full[parity]);
     if (exits) {
-      if (lane == 0) leave(args, id);
+      if (lane == 0) end_launch(args, id);
       break;
     }
   }

@@ -44,7 +44,8 @@ class CudaCas:
     Args:
         units, placement, rank: of the pool. striped: whether the placement is "striped".
         local: by layer, whether this rank reads it where it lies and never asks for it.
-        sms: of the server; None takes the measured default.
+        sms: of the server; None takes the measured default, less where ranks share the GPU.
+        ranks_here: how many ranks compute on this GPU.
         timeout_s: after which a wait on the device gives up.
         arguments: of ``CudaTransport.cas_arguments()``.
     """
@@ -58,6 +59,7 @@ class CudaCas:
         striped: bool,
         local,
         sms,
+        ranks_here: int,
         timeout_s: float,
         arguments: dict,
     ):
@@ -74,6 +76,8 @@ class CudaCas:
             pool_id=arguments["pool_id"],
             striped=striped,
             regions=arguments["regions"],
+            bells=arguments["bells"],
+            own_bells=arguments["own_bells"],
             hidden=spec.hidden_size,
             dtype=dtype_name(spec.dtype),
             owners=[
@@ -81,6 +85,7 @@ class CudaCas:
             ],
             units=[_native_unit(layer, here) for layer, here in enumerate(self.slices) if here.inner],
             sms=sms or 0,
+            ranks_here=ranks_here,
             timeout_s=timeout_s,
             watch=arguments["watch"],
             activity=arguments["activity"],

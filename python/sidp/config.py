@@ -158,7 +158,7 @@ class PoolConfig:
         resident_layers: layers, spread evenly, that every rank keeps whole.
         host_tier: let pinned host memory own units too (CUDA): all of them, or what ``device_bytes`` does not hold.
         peak_shifting: walk each cycle of D layers from the rank's own offset, so that no owner feeds two ranks at once.
-        cas_sms: SMs of the CaS server (CUDA); None takes the measured default.
+        cas_sms: SMs of the CaS server (CUDA); None takes the measured default, fewer where ranks share a GPU.
         device: where the weights live; None takes the current CUDA device where the build and the machine have one, else
             the CPU.
         force_fetch: fetch the layers of owners on this very GPU too, instead of reading them in place (tests, measurements).

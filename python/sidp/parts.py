@@ -85,7 +85,9 @@ def start_cas(plan: PoolPlan, transport, ring) -> Dispatch:
     chooses = plan.wants_cas and plan.config.mode == "auto"
     arguments = transport.cas_arguments()
     if plan.on_gpu:
-        client = cas_cuda.CudaCas(*common, plan.local, plan.config.cas_sms, plan.config.timeout_s, arguments)
+        client = cas_cuda.CudaCas(
+            *common, plan.local, plan.config.cas_sms, plan.ranks_here, plan.config.timeout_s, arguments
+        )
         if chooses:
             chooser = policy_cuda.start(plan, client, transport)
     else:

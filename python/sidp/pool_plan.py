@@ -34,6 +34,7 @@ class PoolPlan:
         local: by layer, whether this rank reads it where it lies.
         slots: of this rank's ring.
         backups: where the second copies lie (redundancy=1).
+        ranks_here: how many ranks compute on this rank's GPU.
         wants_cas: whether this rank asks for CaS. geometry: of the mailboxes; None where no rank uses CaS.
 
     Raises:
@@ -91,6 +92,7 @@ class PoolPlan:
         gpu = C.cuda_device_facts(self.device.index).uuid if self.on_gpu else ""
         replies = agree(control, self.units, self.config, cas=wish, gpu=gpu)
         self._gpus = [reply["gpu"] for reply in replies]
+        self.ranks_here = self._gpus.count(gpu)
         # The mode is each rank's own affair, but whoever wants CaS needs everybody's server.
         self.wants_cas, self._cas_offered = wish, any(reply["cas"] for reply in replies)
 

@@ -107,14 +107,14 @@ class ShmTransport:
 
     def write_region_header(self, geometry) -> None:
         """Before connect(): says what this rank's CaS mailboxes look like."""
-        geometry.write_header(self._arena.mailboxes + _EGRESS_BYTES, self.pool_id)
+        geometry.write_header(self._region_of(self._arena), self.pool_id)
 
     def cas_arguments(self) -> dict:
         """What CaS needs of the connected transport."""
         owners = self._owners()
         own = self._control.rank
         return {
-            "regions": [owner.mailboxes + _EGRESS_BYTES for owner in owners],
+            "regions": [self._region_of(owner) for owner in owners],
             "extents": self._arena.extents,
             "watch": self._control.watch,
             "settings": {
@@ -147,6 +147,11 @@ class ShmTransport:
         if rank == self._control.rank:
             return True
         return self._mappings[rank].phase not in ("closed", "failed") and self._control.watch.state(rank) != "dead"
+
+    @staticmethod
+    def _region_of(owner) -> int:
+        """Address of an arena's ``region_bytes`` as mapped here."""
+        return owner.mailboxes + _EGRESS_BYTES
 
     def _owners(self) -> list:
         own = self._control.rank

@@ -43,7 +43,9 @@ class CudaTransport(GpuTransport):
         handles: str = "ipc",
         host_bytes: list[int] | None = None,
     ):
-        super().__init__(control, host_bytes or [0] * control.world_size, device)
+        super().__init__(
+            control, host_bytes or [0] * control.world_size, device, C.cas_bells_bytes if region_bytes else 0
+        )
         self.region_bytes = region_bytes
         self.handles = handles
         self._share_bytes = extent_bytes
@@ -132,8 +134,13 @@ class CudaTransport(GpuTransport):
         C.CudaCas.write_header(geometry, self._region(self._control.rank), self.pool_id, self._device.index)
 
     def cas_arguments(self) -> dict:
+        pages = [self._region_of(owner) for owner in self._owners()]
+        pins = [C.PinnedRange(page, C.cas_bells_bytes, False, self._device.index) for page in pages]
+        self._pins += pins
         return {
             "device": self._device,
+            "bells": [pin.device_address for pin in pins],
+            "own_bells": pages[self._control.rank],
             "pool_id": self.pool_id,
             "regions": [self._region(rank) for rank in range(self._control.world_size)],
             "extents": self.source(self._control.rank),

@@ -21,9 +21,9 @@ class GpuTransport(ShmTransport):
     own_is_remote = False  # whether even the rank's own share has to be fetched
     region_bytes = 0  # of CaS mailboxes in device memory
 
-    def __init__(self, control: ControlPlane, host_bytes: list[int], device: torch.device):
-        super().__init__(control, host_bytes)
-        self.region_bytes = 0  # those of the base class would be in host memory
+    def __init__(self, control: ControlPlane, host_bytes: list[int], device: torch.device, bells_bytes: int = 0):
+        super().__init__(control, host_bytes, bells_bytes)  # the bells lie where the CPU backend has mailboxes
+        self.region_bytes = 0
         self._device = device
         self._pins: list = []
 

@@ -223,7 +223,7 @@ def free_body(ctx):
 
 def test_cas_processes_hold_up_nobody_who_frees_memory():
     for idle, busy in parallel_launch(free_body, 2, timeout=45):
-        assert idle < 200 and busy < 400, "far above the bounds of a launch (run 20 ms, watch 5 ms, two of each queued)"
+        assert idle < 200 and busy < 400, "far above the bound of a launch (run 20 ms)"
 
 
 def compiled_body(ctx):

@@ -1,0 +1,137 @@
+/* When the CUDA server of a rank runs (csrc/cas_server/life.hpp): launches of the serving kernel that take over, leave it to
+ * the one that serves, or end; the engine's thread, which announces a request and makes sure of a server before it waits; the
+ * launching thread, which goes by the bells and cannot launch while the engine's thread waits with the driver's lock.
+ *
+ * The partner is the worst one: it answers this rank's request only after its own has been answered here. So this rank must
+ * serve while it waits itself, although nobody can launch then.
+ *
+ * Holds: at most one launch serves; every request is answered, however often the server ends between and whichever launch is
+ * late (no invalid end state).
+ */
+#ifndef ROUNDS
+#define ROUNDS 2
+#endif
+#ifndef STREAMS
+#define STREAMS 2
+#endif
+#define FREE 0
+#define SERVING 1
+#define LEAVING 2
+#define OUTSTANDING (announced != consumed)
+
+byte tail, served;                   /* the partner's requests here: pushed (the bells say the same), answered */
+byte announced, pushed, consumed;    /* this rank's own: by the host, by its stream, answered */
+byte life;
+bool running, stop;                  /* words in host memory */
+byte queued[STREAMS];                /* the launch in each stream that has not begun; 0: none */
+byte newest = 1;                     /* launches are numbered 1, 2, 3, 1, ...; not pending: it has begun to look at `life` */
+bool pending;
+bool driver;                         /* the lock: the engine's thread is inside */
+byte servers, threads = 2;
+
+inline begun() { atomic { if :: number == newest -> pending = false :: else fi } }
+
+/* A stream runs its launch at any time: the CTA that decides for all of them, then the control warp. */
+active [STREAMS] proctype stream() {
+  byte number;
+end:
+  do
+  :: atomic { queued[_pid] != 0 -> number = queued[_pid]; queued[_pid] = 0 }
+#ifndef MUTATE_BEGUN_AFTER_THE_LOOK
+     begun();
+#endif
+     if
+     :: life == SERVING ->
+#ifdef MUTATE_BEGUN_AFTER_THE_LOOK
+        begun();
+#endif
+        goto gone
+#ifdef MUTATE_LEAVING_COUNTS_AS_SERVING
+     :: life == LEAVING -> begun(); goto gone
+#endif
+     :: atomic { life == FREE -> life = SERVING; servers++; assert(servers == 1) }
+     fi;
+     begun();
+     running = true;
+     do
+     :: atomic { tail > served -> served++ }
+     :: stop || (tail == served && !OUTSTANDING) ->    /* ends, if that still holds when all can see that it ends */
+        life = LEAVING;
+#ifndef MUTATE_RUNNING_TO_THE_END
+        running = false;
+#endif
+#ifndef MUTATE_NO_LAST_LOOK
+        if
+        :: !stop && (tail > served || OUTSTANDING) -> life = SERVING; running = true
+        :: else -> break
+        fi
+#else
+        break
+#endif
+     od;
+     atomic { servers--; life = FREE }
+     running = false;
+gone:
+     skip
+  od
+}
+
+inline launch() {
+  atomic {
+    if
+    :: queued[0] == 0 -> newest = newest % 3 + 1; queued[0] = newest; pending = true
+    :: queued[1] == 0 -> newest = newest % 3 + 1; queued[1] = newest; pending = true
+    :: else              /* every stream has a launch that has not begun */
+    fi
+  }
+}
+
+active proctype engine() {
+  byte round;
+  do
+  :: round == ROUNDS -> break
+  :: else ->
+     round++;
+#ifndef MUTATE_NOT_ANNOUNCED
+     announced++;
+#endif
+     if
+     :: running
+     :: !running -> if :: pending :: atomic { !pending -> launch() } fi
+     fi;
+     atomic { driver = true; pushed++ }    /* nobody launches until the answer is there */
+     (consumed == round);
+     driver = false
+  od;
+  threads--
+}
+
+active proctype partner() {
+  byte round;
+  do
+  :: round == ROUNDS -> break
+  :: else ->
+     round++;
+     tail++;
+     (served == round);
+     if                          /* answers between its own requests, or not */
+     :: pushed > consumed -> consumed++
+     :: true
+     fi
+  od;
+  do
+  :: consumed == ROUNDS -> break
+  :: pushed > consumed -> consumed++
+  od;
+  threads--
+}
+
+active proctype launcher() {
+  bool late;
+  do
+  :: threads == 0 -> break
+  :: atomic { !driver && tail > served && !running && !pending -> launch() }
+  :: atomic { !driver && pending && !late -> late = true; launch() }  /* took too long: once more, elsewhere */
+  od;
+  stop = true
+}
