@@ -12,19 +12,13 @@ variant_flags() {
   local few="-DSIDP_CAS_FAST -DSIDP_CAS_LDMATRIX=16"
   case $1 in
     base) ;;
-    fast) echo -DSIDP_CAS_FAST ;;
-    ldm) echo $few ;;
-    shift) echo $few -DSIDP_CAS_ROLLED=64 ;;
-    over) echo $few -DSIDP_CAS_ROLLED=64 -DSIDP_CAS_HALVES=2 ;;
     wide) echo $few -DSIDP_CAS_ROLLED=64 -DSIDP_CAS_WIDE=16 ;;
     both) echo $few -DSIDP_CAS_ROLLED=64 -DSIDP_CAS_HALVES=2 -DSIDP_CAS_WIDE=16 ;;
-    unrolled) echo $few -DSIDP_CAS_HALVES=2 -DSIDP_CAS_WIDE=16 ;;
-    trace_fast) echo -DSIDP_CAS_FAST -DSIDP_CAS_TRACE ;;
     trace_both) echo $few -DSIDP_CAS_ROLLED=64 -DSIDP_CAS_HALVES=2 -DSIDP_CAS_WIDE=16 -DSIDP_CAS_TRACE ;;
   esac
 }
-builds="base fast ldm shift over wide both unrolled"
-traced="trace_fast trace_both"
+builds="base wide both"
+traced="trace_both"
 step() {  # step SECONDS NAME COMMAND...: the tail is shown, all of it is kept
   local limit=$1 name=$2 start=$SECONDS; shift 2
   timeout -k 5 "$limit" "$@" > "$out/$name.log" 2>&1 || echo "== $name: exit status $?"
@@ -84,7 +78,7 @@ if [[ $parts == *profile* ]]; then
     sm__pipe_tensor_cycles_active l1tex__lsuin_requests idc__requests sm__icc_requests gcc__requests"
   metrics=
   for metric in $wanted; do grep -q "^$metric " "$built/metrics.txt" && metrics+=,$metric.sum,$metric.sum.per_second; done
-  for name in base ldm; do
+  for name in base wide; do
     lines=60 step 40 "ncu_$name" ncu --clock-control none -k regex:serve_sm90 -c 1 --section SpeedOfLight \
       --section WarpStateStats --metrics "${metrics#,}" \
       python3 "$here/cas_compare.py" $(pairs $name) --staged --sms 32 --rows 1

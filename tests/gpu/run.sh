@@ -8,13 +8,14 @@
 #   bench      (300 s) bench/was_gpu.py: overlap, slices, host cost
 #   offload    (240 s) bench/was_offload.py: accelerate and FSDP2 beside sidp
 #   profile    (160 s) sidp bench --json --profile
+#   locks      (90 s) bench/driver_locks.cu, built here, without MPS and with it
 #   tests = single processes cas; without arguments: tests sanitize
 here=$(cd "$(dirname "$0")" && pwd) logs=. failed=0 parts=()
 while [ $# -gt 0 ]; do
   case $1 in
     --logs) logs=$2; shift ;;
     tests) parts+=(single processes cas) ;;
-    single | processes | cas | sanitize | bench | offload | profile) parts+=("$1") ;;
+    single | processes | cas | sanitize | bench | offload | profile | locks) parts+=("$1") ;;
     *) echo "run.sh: no part named $1" >&2; exit 2 ;;
   esac
   shift
@@ -55,6 +56,11 @@ for part in "${parts[@]}"; do
     sanitize) sanitize ;;
     bench) run 290 python3 "$here/../../bench/was_gpu.py" > >(tee "$logs/was_gpu.jsonl") ;;
     offload) run 230 python3 "$here/../../bench/was_offload.py" > >(tee "$logs/was_offload.jsonl") ;;
+    locks)
+      nvcc -std=c++17 -O2 -arch=native -o "$logs/driver_locks" "$here/../../bench/driver_locks.cu" || failed=1
+      run 25 "$logs/driver_locks"
+      with_mps run 25 "$logs/driver_locks"
+      rm -f "$logs/driver_locks" ;;
     profile) run 155 python3 -m sidp.cli bench --json "$logs/bench.json" --profile "$logs/profile.json" ;;
   esac
 done
