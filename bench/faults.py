@@ -12,7 +12,6 @@ whole forward after the loss. "Lost" counts wrong results, ranks that named anot
 from __future__ import annotations
 
 import argparse
-import os
 import random
 import signal
 import sys
@@ -22,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import torch
-from soak import check, weights
+from soak import check, left_by, weights
 
 from launch import RankFailed, start
 from sidp import FFNSpec, PeerError, PoolConfig, WeightPool, ffn_forward
@@ -113,7 +112,6 @@ class Row:
 
     def try_once(self, fault: Fault, world: int, victim: int, chance: random.Random) -> None:
         self.times += 1
-        before = set(os.listdir("/dev/shm"))
         try:
             with start(body, world, fault, victim, timeout=60) as ranks:
                 ranks.wait_for("here", [victim] if fault.before_commit else None)
@@ -132,9 +130,8 @@ class Row:
                 self._take(outcome, fault, victim, at)
             elif fault.signal == signal.SIGSTOP and not (outcome.value and outcome.value["went_on"] is None):
                 self.lost.append(f"the stopped rank, which lives, was not told that it is out: {outcome}")
-        left = {name for name in set(os.listdir("/dev/shm")) - before if "sidp." in name}
-        if left:
-            self.lost.append(f"left in /dev/shm: {sorted(left)}")
+        if left := left_by(ranks.pids):
+            self.lost.append(f"left in /dev/shm: {left}")
 
     def _take(self, outcome, fault: Fault, victim: int, at: float) -> None:
         value = outcome.value

@@ -56,6 +56,12 @@ def used() -> dict[str, float]:
     }
 
 
+def left_by(pids: list[int]) -> list[str]:
+    """Files in /dev/shm that these processes made: sidp.<user>.<pid namespace>.<pid>.<start time>.<random>."""
+    names = (name.split(".") for name in os.listdir("/dev/shm") if name.startswith("sidp."))
+    return [".".join(parts) for parts in names if len(parts) > 3 and parts[3] in map(str, pids)]
+
+
 def draw(chance: random.Random, device: str) -> dict:
     """One round's settings, the same on all ranks but for the mode."""
     redundancy = 0 if device == "cuda" else chance.choice((0, 1))
@@ -168,23 +174,23 @@ class Soak:
         self.chance = random.Random(seed)
         self.table: dict[str, dict] = defaultdict(lambda: {"times": 0, "seen_s": [], "recovered_s": [], "lost": 0})
         self.calls = self.jobs = self.rounds = 0
+        self.pids: list[int] = []  # of the job that is on
         self.wrong: list[str] = []
         self.growth: dict[str, float] = {}
 
     def run(self) -> None:
         while time.time() < self.end - _ROUND_S or not self.jobs:
             self.jobs += 1
-            before = {name for name in os.listdir("/dev/shm") if "sidp" in name}
             try:
                 self._job(self.chance.randrange(1 << 30))
             except AssertionError as error:
                 self.wrong.append(f"job {self.jobs}: {str(error)[-1500:]}")
-            left = {name for name in os.listdir("/dev/shm") if "sidp" in name} - before
-            if left:
-                self.wrong.append(f"job {self.jobs} left {sorted(left)} in /dev/shm")
+            if left := left_by(self.pids):
+                self.wrong.append(f"job {self.jobs} left {left} in /dev/shm")
 
     def _job(self, seed: int) -> None:
         with start(body, self.world, seed, self.device, self.end, timeout=600) as ranks:
+            self.pids = ranks.pids
             number = 0
             while True:
                 settings = ranks.wait_for(f"round {number}")[0]

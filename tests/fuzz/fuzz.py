@@ -65,8 +65,10 @@ def by_chance(target, seeds: list[bytes], seconds: float, seed: int, most: int |
 
 
 def guided(name: str, seconds: int, atheris) -> None:
-    with atheris.instrument_imports(include=["sidp"]):
+    with atheris.instrument_imports(include=["sidp"]):  # what a target imports later is not looked into
         import targets
+
+        import sidp.hf.checkpoint  # noqa: F401
 
     folder = Path(f"fuzz-{name}")
     folder.mkdir(exist_ok=True)
