@@ -4,7 +4,9 @@ SIDP_CPU_LINK_GBPS caps what a reader takes in, SIDP_CPU_OWNER_GBPS what an owne
 is a sleep, so that four ranks fit two cores. The simulator is given the placement, the slots, the caps, the copy engine's slices, and
 what runs of another shape showed just before and after: in two groups of two, where every owner has one reader, how much longer
 than its bytes a slice takes, and how late a waiting thread wakes. Sleeps are drawn from those that this case's ranks measured.
-Nothing is fitted to an iteration; of what the draws give, the median over seeds is shown, and the range. --h100 compares with recorded iterations of one and of two H100s, and runs nothing.
+Nothing is fitted to an iteration; of what the draws give, the median over seeds is shown, and the range. Every case runs in
+rounds, and the round shown is the one in which sleeps and slices were late least, whatever its error: other work on the machine
+comes in bursts. The median error over all rounds stands beside it. --h100 compares with recorded iterations of one and of two H100s, and runs nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from sidp._native import C
 from sidp.launch import launch
 from sidp.shares import unit_layout
 
-RANKS, LAYERS, WARM, SEEDS = 4, 16, 3, 9
+RANKS, LAYERS, WARM, SEEDS, ROUNDS = 4, 16, 3, 9, 5
 SPEC = FFNSpec(256, 1024, dtype=torch.float32)  # 3.1 MB
 # placement, peak shifting, slots, link GB/s, owner GB/s, sleep ms
 CASES = (
@@ -72,13 +74,16 @@ def _case(context, placement, shifting, slots, sleep_s, cap, iterations):
 
     groups = [dist.new_group([first, first + 1]) for first in range(0, RANKS, 2)]
     pair = groups[context.rank // 2]
-    before = _calibrate(pair, sleep_s, cap)
-    took, slept = _measure(placement, shifting, slots, sleep_s, iterations)
-    after = _calibrate(pair, sleep_s, cap)
-    return took, slept, before[0] + after[0], before[1] + after[1]
+    seen, rounds = [_calibrate(pair, sleep_s, cap)], []
+    for _ in range(ROUNDS):
+        took, slept = _measure(placement, shifting, slots, sleep_s, iterations)
+        seen.append(_calibrate(pair, sleep_s, cap))
+        pauses, wakes = (seen[-2][part] + seen[-1][part] for part in (0, 1))
+        rounds.append((took, slept, pauses, wakes))
+    return rounds
 
 
-def _calibrate(pair, sleep_s, cap, forwards=6):
+def _calibrate(pair, sleep_s, cap, forwards=4):
     """In groups of two: seconds a slice took beyond its bytes, by fetch; seconds from a fetch's end to the end of a stall on it."""
     import torch.distributed as dist
 
@@ -187,7 +192,7 @@ def _print_recorded(recorded, placement, layers, slots, rate, readers, fit_row=N
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--iterations", type=int, default=30)
+    parser.add_argument("--iterations", type=int, default=12, help="of each round (default: 12)")
     parser.add_argument("--h100", action="store_true")
     args = parser.parse_args()
     if args.h100:
@@ -198,26 +203,31 @@ def main() -> None:
         f"{RANKS} ranks, {LAYERS} layers of {SPEC.unit().nbytes / 1e6:.1f} MB, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
     )
     print(
-        "| placement | shifting | slots | link, owner GB/s | a sleep, ms | pause, us | wake, us | measured ms | simulated ms | seeds | error |"
+        "| placement | shifting | slots | link, owner GB/s | a sleep, ms | pause, us | wake, us | measured ms | simulated ms | seeds | error | of all rounds |"
     )
-    print(f"|{'---|' * 11}")
+    print(f"|{'---|' * 12}")
     errors = []
     for placement, shifting, slots, link, owner, sleep_ms in CASES:
         for name, value in (("LINK", link), ("OWNER", owner)):
             os.environ[f"SIDP_CPU_{name}_GBPS"] = str(value)
         cap = min(cap for cap in (link, owner) if cap) * 1e9
         results = launch(_case, RANKS, (placement, shifting, slots, sleep_ms / 1e3, cap, iterations))
-        measured = max(rank[0] for rank in results)
-        slept, pauses, wakes = ([x for rank in results for x in rank[part]] for part in (1, 2, 3))
-        wake_s = statistics.mean(wakes or [0.0])
-        given = (placement, shifting, slots, link, owner, sleep_ms / 1e3, slept, pauses, wake_s, iterations)
-        runs = [_simulate(*given, seed) for seed in range(SEEDS)]
+        rounds = []
+        for of_ranks in zip(*results, strict=True):
+            slept, pauses, wakes = ([x for rank in of_ranks for x in rank[part]] for part in (1, 2, 3))
+            wake_s = statistics.mean(wakes or [0.0])
+            given = (placement, shifting, slots, link, owner, sleep_ms / 1e3, slept, pauses, wake_s, iterations)
+            runs = [_simulate(*given, seed) for seed in range(SEEDS)]
+            late = (statistics.mean(slept) - sleep_ms / 1e3) + statistics.mean(pauses)
+            rounds.append((late, max(rank[0] for rank in of_ranks), runs, slept, pauses, wake_s))
+        _, measured, runs, slept, pauses, wake_s = min(rounds, key=lambda r: r[0])
         simulated = statistics.median(runs)
         errors.append(simulated / measured - 1)
+        over_all = statistics.median(statistics.median(r[2]) / r[1] - 1 for r in rounds)
         print(
             f"| {placement} | {'yes' if shifting else 'no'} | {slots} | {link or '-'}, {owner or '-'} "
             f"| {statistics.mean(slept) * 1e3:.2f} | {statistics.mean(pauses) * 1e6:.0f} | {wake_s * 1e6:.0f} "
-            f"| {measured * 1e3:.1f} | {simulated * 1e3:.1f} | {min(runs) * 1e3:.0f}-{max(runs) * 1e3:.0f} | {errors[-1]:+.1%} |",
+            f"| {measured * 1e3:.1f} | {simulated * 1e3:.1f} | {min(runs) * 1e3:.0f}-{max(runs) * 1e3:.0f} | {errors[-1]:+.1%} | {over_all:+.1%} |",
             flush=True,
         )
     print(f"largest error {max(map(abs, errors)):.1%}, median {statistics.median(map(abs, errors)):.1%}")

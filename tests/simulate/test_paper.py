@@ -56,11 +56,11 @@ def test_measured_gemms_cost_more_near_the_ridge_and_nothing_far_beyond():
 
 def test_throughput_lays_pools_beside_every_way_that_fits():
     (made,) = paper.throughput(("Llama-3.1-70B",), ("h200",), (1024,), tokens=60_000)
-    assert {"TP8", "TP4 PP2", "TP2 PP4", "TP4 DP2 replicas", "TP2 DP4 replicas"} == {
-        name.replace(" DP1", "") for name in made.replicas
-    }  # at TP1 none fits
+    ways = {"TP8", "TP4 PP2", "TP2 PP4", "TP4 DP2 replicas", "TP2 DP4 replicas"}
+    assert set(made.replicas) == ways  # at TP1 none fits
     assert set(made.pools) == set(made.turns) == {"TP2 DP4 layer", "TP1 DP8 layer"}
     assert made.gain() == made.best("pools")[1].tokens_per_s / made.best("replicas")[1].tokens_per_s
+    assert made.gain("turns", "TP8") == made.best("turns")[1].tokens_per_s / made.replicas["TP8"].tokens_per_s
     assert made.gain("turns", "TP1 DP8 replicas") is None
 
 

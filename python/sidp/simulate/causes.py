@@ -44,7 +44,7 @@ SHIFTING = {
     "no jitter, incast 0.25": {"engine": Engine(jitter=0), "fabric": Fabric(incast=0.25)},
     "no jitter, incast 0.5": {"engine": Engine(jitter=0), "fabric": Fabric(incast=0.5)},
     "plain order with 1 slot, in step at every layer": {"plain_slots": 1, "step": "layer"},
-    "the same, owners in turns": {"plain_slots": 1, "step": "layer", "fabric": Fabric(turns=True)},
+    "plain order with 1 slot, in step at every layer, owners in turns": {"plain_slots": 1, "step": "layer", "fabric": Fabric(turns=True)},
     **{
         f"plain order with 2 slots, in step at every layer, no jitter, incast {incast}": {
             "plain_slots": 2, "step": "layer", "engine": Engine(jitter=0), "fabric": Fabric(incast=incast),
@@ -129,12 +129,17 @@ THROUGHPUT = {
     "in step at every iteration": {"step": "iteration"},
     "host time 20 ms": {"engine": Engine(host_s=20e-3)},
     "GEMMs as measured": {"engine": Engine(gemm=MEASURED_GEMM)},
+    "attention three times its roofline": {"engine": Engine(attention=3.0)},
     "prompts a tenth of the tokens": {"prompt": 0.1},
     "prompts nine tenths": {"prompt": 0.9},
     "at most 256 running": {"most_requests": 256},
     "memory capped at 0.6": {"utilization": 0.6},
     "fetches cost nothing, host time 20 ms": {"fabric": _NO_FETCH_COST, "engine": Engine(host_s=20e-3)},
     "fetches cost nothing, memory capped at 0.6": {"fabric": _NO_FETCH_COST, "utilization": 0.6},
+    "memory capped at 0.6, twice the link, owners in turns": {
+        "utilization": 0.6,
+        "fabric": Fabric(750, 750, turns=True),
+    },
     "fetches cost nothing, host time 200 ms": {"fabric": _NO_FETCH_COST, "engine": Engine(host_s=200e-3)},
 }
 

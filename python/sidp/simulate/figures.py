@@ -46,13 +46,14 @@ def _bars(axes, names, groups: dict) -> None:
         at = [i + (number - (len(groups) - 1) / 2) * width for i in range(len(values))]
         axes.bar(at, values, width, color=colour, label=label)
     axes.set_xticks(range(len(names)), names, fontsize=8)
-    axes.legend(fontsize=8)
+    axes.margins(y=0.1 + 0.12 * len(groups))  # room for the legend above the bars
+    axes.legend(fontsize=8, loc="upper left")
 
 
 def _capacity(axes, figures) -> None:
-    _bars(axes, [f.what.replace("KV tokens", "").strip(", ").replace(", TP", "\nTP") for f in figures],
-          {"paper": [f.low for f in figures], "planned": [f.simulated for f in figures]})  # fmt: skip
-    axes.set_ylabel("gain, or M tokens")
+    names = [f.what.split("replicas, ")[-1].split("tokens, ")[-1].replace(", ", "\n") for f in figures]
+    _bars(axes, names, {"paper": [f.low for f in figures], "planned": [f.simulated for f in figures]})
+    axes.set_ylabel("gain over replicas | M tokens")
 
 
 def _fetch(axes, rows) -> None:
@@ -80,7 +81,7 @@ def _throughput(axes, results) -> None:
     axes.legend(fontsize=6, ncols=2)
 
 
-_SHOWN = ("as assumed", "no jitter", "no jitter, incast 0.5", "the same, owners in turns")
+_SHOWN = ("as assumed", "no jitter", "plain order with 1 slot, in step at every layer, owners in turns")
 
 
 def _shifting(axes, effects) -> None:
@@ -143,6 +144,7 @@ def _links(axes, crossings) -> None:
     names = [f"{c.gpu}\n{c.link}" for c in chosen]
     _bars(axes, names, {label: [getattr(c, field) or 0 for c in chosen] for label, field in groups.items()})
     axes.set_yscale("log", base=2)
+    axes.set_ylim(32, 2**15)
     axes.set_ylabel("rows on each rank (no bar: none)")
 
 

@@ -42,6 +42,7 @@ class Engine:
         layer_s: launches and small kernels (norms, rotary, residuals), a layer.
         allreduce_s: latency of one all-reduce of a replica's GPUs; two a layer.
         stage_s: handing a batch to the next stage of a pipeline.
+        attention: what attention takes over its roofline.
         gemm: what GEMMs take over their roofline, as MEASURED_GEMM; () leaves the roofline.
         jitter: each copy and each piece of computing takes 1 +- this of its time. Without any, ranks in step stay in step for ever, which
             no real group does (the CPU backend shows it).
@@ -51,6 +52,7 @@ class Engine:
     layer_s: float = 20e-6
     allreduce_s: float = 15e-6
     stage_s: float = 30e-6
+    attention: float = 1.0
     gemm: tuple[tuple[float, float], ...] = ()
     jitter: float = 0.02
 
@@ -140,9 +142,12 @@ class Rates:
         made.serve = C.TimeTable([(n, self.serve(n)) for n in _ROWS])
         made.rest = C.TimeTable([(n, self.rest(n)) for n in _ROWS])
         made.once = C.TimeTable([(n, self.once(n, stages)) for n in _ROWS])
-        made.cached_token_s = d.model.kv_bytes_per_token(d.tp) / d.gpu.hbm_bytes_per_s
+        attention = self._engine.attention
+        made.cached_token_s = attention * d.model.kv_bytes_per_token(d.tp) / d.gpu.hbm_bytes_per_s
         heads = d.model.layers * d.model.heads * d.model.head_dim / d.tp
-        made.pair_s = 4 * heads / d.gpu.flops_per_s  # a multiplication and an addition, for scores and for values
+        made.pair_s = (
+            attention * 4 * heads / d.gpu.flops_per_s
+        )  # a multiplication and an addition, for scores and for values
         return made
 
 

@@ -74,8 +74,11 @@ def try_run(setup: Setup, requests: list, trace: bool = False) -> Outcome | None
 
 def name_of(setup: Setup) -> str:
     d = setup.deployment
-    way = "replicas" if setup.mode == "local" and d.dp > 1 else "" if setup.mode == "local" else setup.placement
-    return " ".join(p for p in (f"TP{d.tp}", f"PP{setup.stages}" if setup.stages > 1 else "", f"DP{d.dp}", way) if p)
+    parts = [f"TP{d.tp}"]
+    parts += [f"PP{setup.stages}"] if setup.stages > 1 else []
+    parts += [f"DP{d.dp}"] if d.dp > 1 else []
+    parts += [setup.placement] if setup.mode != "local" else ["replicas"] if d.dp > 1 else []
+    return " ".join(parts)
 
 
 @dataclass(frozen=True)
