@@ -3,7 +3,7 @@
 SIDP_CPU_LINK_GBPS caps what a reader takes in, SIDP_CPU_OWNER_GBPS what an owner gives out to all of its readers. A layer's compute
 is a sleep, so that four ranks fit two cores. The simulator is given the placement, the slots, the caps, the copy engine's slices, and
 what runs of another shape showed just before and after: in two groups of two, where every owner has one reader, how much longer
-than its bytes a slice takes, and how late a waiting thread wakes. Sleeps are drawn from those that this case's ranks measured.
+than its bytes a slice takes, and how late a waiting thread wakes. Sleeps are drawn from those that this case's ranks measured, and ranks start as far apart as they did.
 Nothing is fitted to an iteration; of what the draws give, the median over seeds is shown, and the range. Every case runs in
 rounds, and the round shown is the one in which sleeps and slices were late least, whatever its error: other work on the machine
 comes in bursts. The median error over all rounds stands beside it. --h100 compares with recorded iterations of one and of two H100s, and runs nothing.
@@ -46,17 +46,14 @@ def _load(pool, placement):
 
 
 def _measure(placement, shifting, slots, sleep_s, iterations):
-    """Seconds of an iteration, and of every sleep, on this rank."""
-    import torch.distributed as dist
-
+    """Seconds of an iteration, and of every sleep, on this rank, and when it began."""
     pool = WeightPool(
         [SPEC] * LAYERS, config=PoolConfig(mode="was", placement=placement, peak_shifting=shifting, slots=slots)
     )
     _load(pool, placement)
-    slept = []
+    slept, began = [], time.monotonic()
     for index in range(WARM + iterations):
         if index == WARM:
-            dist.barrier()
             start = time.perf_counter()
         for layer in range(LAYERS):
             pool.acquire(layer)
@@ -66,7 +63,7 @@ def _measure(placement, shifting, slots, sleep_s, iterations):
             pool.release(layer)
     took = (time.perf_counter() - start) / iterations
     pool.close()
-    return took, slept
+    return took, slept, began
 
 
 def _case(context, placement, shifting, slots, sleep_s, cap, iterations):
@@ -76,10 +73,10 @@ def _case(context, placement, shifting, slots, sleep_s, cap, iterations):
     pair = groups[context.rank // 2]
     seen, rounds = [_calibrate(pair, sleep_s, cap)], []
     for _ in range(ROUNDS):
-        took, slept = _measure(placement, shifting, slots, sleep_s, iterations)
+        took, slept, began = _measure(placement, shifting, slots, sleep_s, iterations)
         seen.append(_calibrate(pair, sleep_s, cap))
         pauses, wakes = (seen[-2][part] + seen[-1][part] for part in (0, 1))
-        rounds.append((took, slept, pauses, wakes))
+        rounds.append((took, slept, pauses, wakes, began))
     return rounds
 
 
@@ -116,7 +113,9 @@ def _slice_bytes(cap: float) -> float:
     return min(max(cap * 1e-3, 16 << 10), 4 << 20)
 
 
-def _simulate(placement, shifting, slots, link, owner, sleep_s, slept, pauses, wake_s, iterations, seed) -> float:
+def _simulate(
+    placement, shifting, slots, link, owner, sleep_s, slept, pauses, wake_s, starts, iterations, seed
+) -> float:
     units = [unit_layout(SPEC.unit())] * LAYERS
     native = C.Placement(placement, units, RANKS)
     job = C.SimJob()
@@ -130,7 +129,7 @@ def _simulate(placement, shifting, slots, link, owner, sleep_s, slept, pauses, w
     options.reach, options.peak_shifting, options.trace = C.SimReach.was, shifting, True
     options.compute_factors, options.wake_s, options.seed = [s / sleep_s for s in slept], wake_s, seed
     job.fabric, job.options = fabric, options
-    job.slots, job.kv_tokens = [slots] * RANKS, [10**6] * RANKS
+    job.slots, job.kv_tokens, job.starts = [slots] * RANKS, [10**6] * RANKS, starts
     job.requests = [C.SimRequest(0, 1, WARM + iterations, rank=rank) for rank in range(RANKS)]
     result = C.simulate(native, job)
     mine = ([i for i in result.iterations if i.rank == rank] for rank in range(RANKS))
@@ -216,7 +215,9 @@ def main() -> None:
         for of_ranks in zip(*results, strict=True):
             slept, pauses, wakes = ([x for rank in of_ranks for x in rank[part]] for part in (1, 2, 3))
             wake_s = statistics.mean(wakes or [0.0])
-            given = (placement, shifting, slots, link, owner, sleep_ms / 1e3, slept, pauses, wake_s, iterations)
+            began = [rank[4] for rank in of_ranks]
+            starts = [one - min(began) for one in began]
+            given = (placement, shifting, slots, link, owner, sleep_ms / 1e3, slept, pauses, wake_s, starts, iterations)
             runs = [_simulate(*given, seed) for seed in range(SEEDS)]
             late = (statistics.mean(slept) - sleep_ms / 1e3) + statistics.mean(pauses)
             rounds.append((late, max(rank[0] for rank in of_ranks), runs, slept, pauses, wake_s))

@@ -74,6 +74,7 @@ void bind_inputs(py::module_& m) {
       .def_readwrite("options", &Job::options)
       .def_readwrite("slots", &Job::slots)
       .def_readwrite("kv_tokens", &Job::kv_tokens)
+      .def_readwrite("starts", &Job::starts)
       .def_readwrite("policies", &Job::policies)
       .def_readwrite("requests", &Job::requests);
 }

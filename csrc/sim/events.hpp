@@ -7,7 +7,7 @@
 
 namespace sidp::sim {
 
-enum class What { own_done, serve_done, copy_done, arrives, reply, wake, woken, segment };
+enum class What { own_done, serve_done, copy_done, arrives, reply, wake, woken, segment, start };
 
 struct Event {
   double time = 0;

@@ -48,6 +48,10 @@ void Group::check() const {
   const auto size = static_cast<std::size_t>(world_);
   SIDP_REQUIRE(job_.slots.size() == size && job_.kv_tokens.size() == size, ConfigError, "a job for ", world_,
                " ranks needs as many slots and kv_tokens, got ", job_.slots.size(), " and ", job_.kv_tokens.size());
+  const auto negative = [](double value) { return !(value >= 0); };
+  SIDP_REQUIRE(job_.starts.empty() || (job_.starts.size() == size &&
+                                       std::none_of(job_.starts.begin(), job_.starts.end(), negative)),
+               ConfigError, "starts must name ", world_, " times of 0 s or more, or none, got ", job_.starts.size());
   SIDP_REQUIRE(o.reach != Reach::automatic || job_.policies.size() == size, ConfigError, "mode auto needs ", world_,
                " policies, got ", job_.policies.size());
   SIDP_REQUIRE(o.stages >= 1 && (o.stages == 1 || o.reach == Reach::local), ConfigError,
@@ -57,7 +61,6 @@ void Group::check() const {
   SIDP_REQUIRE(o.jitter >= 0 && o.jitter < 1, ConfigError, "jitter must be 0 or more and less than 1, got ", o.jitter);
   SIDP_REQUIRE(job_.fabric.slice_bytes == 0 || job_.fabric.slice_bytes >= 1, ConfigError,
                "slice_bytes must be 0 or 1 byte and more, got ", job_.fabric.slice_bytes);
-  const auto negative = [](double value) { return !(value >= 0); };
   SIDP_REQUIRE(!negative(o.wake_s) && std::none_of(o.compute_factors.begin(), o.compute_factors.end(), negative) &&
                    std::none_of(job_.fabric.slice_pauses.begin(), job_.fabric.slice_pauses.end(), negative),
                ConfigError, "wake_s, compute_factors and slice_pauses must be 0 or more");
@@ -76,9 +79,7 @@ void Group::check() const {
 }
 
 Result Group::run() {
-  for (auto& member : members_)
-    if (member.ring && !member.cas) member.ring->pump(0);
-  for (int lane = 0; lane < static_cast<int>(lanes_.size()); ++lane) next_iteration(lane, 0);
+  for (int rank = 0; rank < world_; ++rank) events_.at(job_.starts.empty() ? 0 : job_.starts[rank], What::start, rank);
   while (!events_.empty()) handle(events_.next());
   for (std::size_t i = 0; i < result_.finished_s.size(); ++i)
     SIDP_ASSERT(result_.finished_s[i] >= 0, "request ", i, " was never finished");
@@ -97,6 +98,13 @@ Result Group::run() {
   result_.feeding_s = links_.feeding_s();
   result_.crowded_s = links_.crowded_s();
   return std::move(result_);
+}
+
+void Group::start(int rank, double now) {
+  Member& member = members_[rank];
+  if (member.ring && !member.cas) member.ring->pump(now);
+  for (int lane = 0; lane < static_cast<int>(lanes_.size()); ++lane)
+    if (lanes_[lane].rank == rank) next_iteration(lane, now);
 }
 
 void Group::handle(const Event& event) {
@@ -127,6 +135,9 @@ void Group::handle(const Event& event) {
     case What::wake:
       if (lanes_[who].phase == Phase::parked) next_iteration(who, event.time);
       if (lanes_[who].phase == Phase::at_barrier) open_barrier(event.time);
+      break;
+    case What::start:
+      start(who, event.time);
       break;
     case What::segment:
       next_stage(who, event.time);

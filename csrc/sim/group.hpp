@@ -49,6 +49,7 @@ class Group {
 
   void check() const;
   void handle(const Event& event);
+  void start(int rank, double now);
 
   // An iteration, from admission to its end.
   void next_iteration(int lane, double now);

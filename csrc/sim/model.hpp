@@ -76,6 +76,7 @@ struct Job {
   Options options;
   std::vector<int> slots;                 // by rank
   std::vector<std::uint64_t> kv_tokens;   // by rank
+  std::vector<double> starts;             // by rank: when it begins to fetch and to work; empty: all at 0
   std::vector<PolicyModel> policies;      // by rank, Reach::automatic only
   std::vector<Request> requests;
 };

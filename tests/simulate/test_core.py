@@ -105,6 +105,16 @@ def test_an_owner_gives_out_a_slice_while_another_reader_pauses():
     assert C.simulate(placement, job).crowded_s[0] == pytest.approx(10 * 0.4)
 
 
+def test_ranks_that_start_apart_stay_out_of_each_others_way():
+    """Ranks 1 and 2 read layer 0, a second each: together two seconds of crowding, two seconds apart none."""
+    placement, job, _ = copying_job(3, [1, 2], ffn=100.0)
+    assert C.simulate(placement, job).crowded_s[0] == pytest.approx(2.0)
+    job.starts = [0.0, 0.0, 2.0]
+    result = C.simulate(placement, job)
+    assert result.crowded_s[0] == 0
+    assert result.ranks[2].stall_s == pytest.approx(2.0)  # a second for each of its remote layers, from its own start
+
+
 def test_who_waits_wakes_late():
     placement, job, _ = copying_job(2, [0])
     job.options.wake_s = 0.25
@@ -217,6 +227,7 @@ def test_a_gather_is_beside_the_compute_of_the_layer_before():
         (lambda job: setattr(job.options, "reach", C.SimReach.auto), "policies"),
         (lambda job: setattr(job.options, "compute_factors", [1.0, -1.0]), "compute_factors"),
         (lambda job: setattr(job.options, "wake_s", -1.0), "wake_s"),
+        (lambda job: setattr(job, "starts", [0.0]), "starts"),
         (lambda job: change_fabric(job, slice_bytes=0.5), "slice_bytes"),
     ],
 )
