@@ -5,8 +5,8 @@ is a sleep, so that four ranks fit two cores. The simulator is given the placeme
 what runs of another shape showed just before and after: in two groups of two, where every owner has one reader, how much longer
 than its bytes a slice takes, and how late a waiting thread wakes. Sleeps are drawn from those that this case's ranks measured, and ranks start as far apart as they did.
 Nothing is fitted to an iteration; of what the draws give, the median over seeds is shown, and the range. Every case runs in
-rounds, and the round shown is the one in which sleeps and slices were late least, whatever its error: other work on the machine
-comes in bursts. The median error over all rounds stands beside it. --h100 compares with recorded iterations of one and of two H100s, and runs nothing.
+rounds. Shown is the one in which sleeps and slices were late least, whatever its error, and beside it the median error of all
+rounds: other work on the machine comes in bursts, and whether a group of few iterations falls out of step is a matter of luck. --h100 compares with recorded iterations of one and of two H100s, and runs nothing.
 """
 
 from __future__ import annotations
@@ -205,7 +205,7 @@ def main() -> None:
         "| placement | shifting | slots | link, owner GB/s | a sleep, ms | pause, us | wake, us | measured ms | simulated ms | seeds | error | of all rounds |"
     )
     print(f"|{'---|' * 12}")
-    errors = []
+    errors, medians = [], []
     for placement, shifting, slots, link, owner, sleep_ms in CASES:
         for name, value in (("LINK", link), ("OWNER", owner)):
             os.environ[f"SIDP_CPU_{name}_GBPS"] = str(value)
@@ -224,14 +224,15 @@ def main() -> None:
         _, measured, runs, slept, pauses, wake_s = min(rounds, key=lambda r: r[0])
         simulated = statistics.median(runs)
         errors.append(simulated / measured - 1)
-        over_all = statistics.median(statistics.median(r[2]) / r[1] - 1 for r in rounds)
+        medians.append(statistics.median(statistics.median(r[2]) / r[1] - 1 for r in rounds))
         print(
             f"| {placement} | {'yes' if shifting else 'no'} | {slots} | {link or '-'}, {owner or '-'} "
             f"| {statistics.mean(slept) * 1e3:.2f} | {statistics.mean(pauses) * 1e6:.0f} | {wake_s * 1e6:.0f} "
-            f"| {measured * 1e3:.1f} | {simulated * 1e3:.1f} | {min(runs) * 1e3:.0f}-{max(runs) * 1e3:.0f} | {errors[-1]:+.1%} | {over_all:+.1%} |",
+            f"| {measured * 1e3:.1f} | {simulated * 1e3:.1f} | {min(runs) * 1e3:.0f}-{max(runs) * 1e3:.0f} | {errors[-1]:+.1%} | {medians[-1]:+.1%} |",
             flush=True,
         )
-    print(f"largest error {max(map(abs, errors)):.1%}, median {statistics.median(map(abs, errors)):.1%}")
+    for name, of in (("quietest rounds", errors), ("medians over rounds", medians)):
+        print(f"{name}: largest error {max(map(abs, of)):.1%}, median {statistics.median(map(abs, of)):.1%}")
 
 
 if __name__ == "__main__":
