@@ -7,6 +7,8 @@
 #include <algorithm>
 #include <atomic>
 #include <cctype>
+#include <cerrno>
+#include <cstring>
 #include <fstream>
 #include <mutex>
 #include <sstream>
@@ -44,7 +46,11 @@ ProcessIdentity read_identity() {
 }  // namespace
 
 std::uint64_t process_start_time(std::int64_t pid) {
-  std::ifstream file(detail::concat("/proc/", pid, "/stat"));
+  const std::string path = detail::concat("/proc/", pid, "/stat");
+  errno = 0;
+  std::ifstream file(path);
+  // Without a descriptor to look with, nothing is known of the process: it must not pass for a dead one.
+  SIDP_REQUIRE(file.is_open() || (errno != EMFILE && errno != ENFILE), Error, "cannot read ", path, ": ", std::strerror(errno));
   std::string text;
   if (!std::getline(file, text, '\0')) return 0;
   // The name in field 2 may hold spaces and parentheses: fields are counted from the last ')'.

@@ -22,6 +22,7 @@ struct ProcessIdentity {
 };
 
 // Start time of a process of this pid namespace; 0 if there is none, or only one that is dead and not yet reaped.
+// Throws Error where no descriptor is left to look with.
 std::uint64_t process_start_time(std::int64_t pid);
 
 // Remembers the process that made an object. Threads do not survive a fork, and a child must not write words that

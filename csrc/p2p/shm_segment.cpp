@@ -218,7 +218,12 @@ int sweep_names(const std::string& directory) {
     unsigned long long pid_namespace, start_time;
     long long pid;
     if (std::sscanf(entry->d_name, "sidp.%u.%llu.%lld.%llu.", &uid, &pid_namespace, &pid, &start_time) != 4) continue;
-    if (uid != self.uid || pid_namespace != self.pid_namespace || process_start_time(pid) == start_time) continue;
+    if (uid != self.uid || pid_namespace != self.pid_namespace) continue;
+    try {
+      if (process_start_time(pid) == start_time) continue;
+    } catch (const Error&) {
+      continue;  // not known: a later sweep will see
+    }
     if (::unlinkat(::dirfd(entries), entry->d_name, 0) == 0) ++removed;
   }
   ::closedir(entries);

@@ -166,7 +166,11 @@ class ControlPlane:
                 self.watch.watch(rank, found[rank].native())
 
         self._store.set(f"who/{self.rank}", self.token + self.identities[0].encode())
-        self._wait({rank: f"who/{rank}" for rank in range(self.world_size)}, "start", welcome)
+        try:
+            self._wait({rank: f"who/{rank}" for rank in range(self.world_size)}, "start", welcome)
+        except SidpError as error:  # this rank's own trouble, say no descriptor to watch a peer by; nobody else would tell
+            self.fail(error)
+            raise
         self.identities = [found[rank] for rank in range(self.world_size)]
 
     def _wait(self, keys: dict[int, str], name: str, arrived: Callable[[int, bytes], None] | None = None) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import queue
+import socket
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -65,8 +66,10 @@ class BoundedStore:
 def _open(store: Any, prefix: str) -> Any:
     from torch.distributed import PrefixStore
 
-    # An older torch, or a kind of store that cannot be cloned: share it.
-    with contextlib.suppress(AttributeError, NotImplementedError, RuntimeError):
+    # An older torch, a kind of store that cannot be cloned, or no descriptor for a second connection, for which torch would try
+    # again and again: share it, so that what fails next can still be told to the others.
+    with contextlib.suppress(AttributeError, NotImplementedError, RuntimeError, OSError):
+        socket.socket().close()
         store = store.clone()
     return PrefixStore(prefix, store)
 
