@@ -168,8 +168,8 @@ class ControlPlane:
         self._store.set(f"who/{self.rank}", self.token + self.identities[0].encode())
         try:
             self._wait({rank: f"who/{rank}" for rank in range(self.world_size)}, "start", welcome)
-        except SidpError as error:  # this rank's own trouble, say no descriptor to watch a peer by; nobody else would tell
-            self.fail(error)
+        except SidpError as error:
+            self.fail(error)  # it may be this rank's own trouble, say no descriptor to watch a peer by: nobody else would tell
             raise
         self.identities = [found[rank] for rank in range(self.world_size)]
 
