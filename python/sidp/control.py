@@ -169,7 +169,8 @@ class ControlPlane:
         try:
             self._wait({rank: f"who/{rank}" for rank in range(self.world_size)}, "start", welcome)
         except SidpError as error:
-            self.fail(error)  # it may be this rank's own trouble, say no descriptor to watch a peer by: nobody else would tell
+            # It may be this rank's own trouble, say no descriptor to watch a peer by: nobody else would tell.
+            self.fail(error)
             raise
         self.identities = [found[rank] for rank in range(self.world_size)]
 
