@@ -98,32 +98,17 @@ void CudaCas::forward_here(std::uint32_t layer, const void* x, void* y, std::uin
 // At most `slots` pieces are in flight: a push beyond that would wait for a result that is only waited for behind it.
 void CudaCas::run(std::uint32_t layer, const Target& target, const void* x, void* y, std::uint64_t rows, cudaStream_t stream) {
   const DeviceGuard guard(options_.device);
-  cudaStreamCaptureStatus capture;
-  SIDP_CUDA_CHECK(cudaStreamIsCapturing(stream, &capture));
-  const bool announced = capture == cudaStreamCaptureStatusNone;
   if (options_.activity != nullptr) store_relaxed(options_.activity, ++calls_);
   const std::uint64_t pitch = std::uint64_t(options_.hidden) * 2, piece = options_.geometry.max_rows;
   const std::uint64_t pieces = (rows + piece - 1) / piece, ahead = options_.geometry.slots;
   const auto at = [&](const void* base, std::uint64_t i) {
     auto* first = static_cast<std::uint8_t*>(const_cast<void*>(base)) + i * piece * pitch;
     return RowsArgument{first,       pitch,         static_cast<std::uint32_t>(std::min(piece, rows - i * piece)), layer,
-                        target.first_owner, target.owners, false};
+                        target.first_owner, target.owners};
   };
   for (std::uint64_t i = 0; i < pieces + ahead; ++i) {
     if (i >= ahead && i - ahead < pieces) requester_->wait(at(y, i - ahead), target.striped, stream);
-    if (i >= pieces) continue;
-    RowsArgument piece_rows = at(x, i);
-    piece_rows.announced = announced;
-    try {
-      if (announced) {
-        requester_->announce();
-        server_->ensure_serving();
-      }
-      requester_->push(piece_rows, target.striped, stream);
-    } catch (...) {
-      requester_->abort();  // what was announced and never comes would keep the server for ever
-      throw;
-    }
+    if (i < pieces) server_->push(*requester_, at(x, i), target.striped, stream);
   }
 }
 

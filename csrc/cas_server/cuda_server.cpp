@@ -191,13 +191,17 @@ void CudaServer::start() {
     SIDP_CUDA_CHECK(cudaMemcpy(unit_memory_.as<void>(), units_.data(), sizeof(UnitRecord) * units_.size(),
                                cudaMemcpyHostToDevice));
   SIDP_CUDA_CHECK(cudaDeviceSynchronize());  // the zeroed workspace too; the stream waits for no other
-  stopping_ = false;
-  __atomic_store_n(&host_memory_.as<ServerHostWords>()->stop, 0u, __ATOMIC_RELEASE);
-  {  // the first launch of a kernel may wait for all that runs, to make room for its local memory: not when somebody waits for it
+  auto* stop = &host_memory_.as<ServerHostWords>()->stop;
+  {
+    // The first launch of a kernel may wait for all that runs, to make room for its local memory: not when somebody waits for it.
+    // It finds the stop word and leaves, for with requests of this rank under way it would stay.
     const std::lock_guard<std::mutex> lock(launching_);
+    __atomic_store_n(stop, 1u, __ATOMIC_RELEASE);
     launch();
     SIDP_CUDA_CHECK(cudaStreamSynchronize(streams_[stream_].stream));
   }
+  __atomic_store_n(stop, 0u, __ATOMIC_RELEASE);
+  stopping_ = false;
   thread_ = std::thread([this] { serve_until_stopped(); });
 }
 
@@ -274,6 +278,22 @@ void CudaServer::ensure_serving() {
   if (running()) return;
   const std::lock_guard<std::mutex> lock(launching_);
   if (!running() && !pending() && !stopping_) launch();
+}
+
+void CudaServer::push(CudaRequester& asks, RowsArgument rows, bool striped, cudaStream_t stream) {
+  cudaStreamCaptureStatus capture;
+  SIDP_CUDA_CHECK(cudaStreamIsCapturing(stream, &capture));
+  rows.announced = capture == cudaStreamCaptureStatusNone;
+  try {
+    if (rows.announced) {
+      asks.announce();
+      ensure_serving();
+    }
+    asks.push(rows, striped, stream);
+  } catch (...) {
+    asks.abort();  // what was announced and never comes would keep the server for ever
+    throw;
+  }
 }
 
 void CudaServer::serve_until_stopped() {

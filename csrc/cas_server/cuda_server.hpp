@@ -69,8 +69,9 @@ class CudaServer {
   // Before start(). Throws LayoutError where the path in use cannot serve the shape.
   void register_unit(std::uint32_t layer, const UnitPointers& pointers, const UnitShape& shape);
   void start();
-  // After the requester's announce() and before the push is enqueued: from here to the answer this rank serves (H1-H3).
-  void ensure_serving();
+  // asks.push(), announced where it is not captured: from here to the answer this rank serves (H1-H3). `asks` is the
+  // configuration's; where it cannot be enqueued, all its waits are aborted.
+  void push(CudaRequester& asks, RowsArgument rows, bool striped, cudaStream_t stream);
   // Returns once no kernel of this server runs; what was elected is answered, what was not stays in its slot.
   void stop();
   void retire(std::uint32_t requester);  // a requester that died or left
@@ -83,6 +84,7 @@ class CudaServer {
 
  private:
   void make_maps(UnitRecord& unit) const;
+  void ensure_serving();
   void serve_until_stopped();
   bool running() const;
   bool wanted() const;     // whether a requester's bell is ahead of what has been served

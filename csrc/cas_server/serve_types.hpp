@@ -105,7 +105,7 @@ struct alignas(128) Decision {
 struct ServerState {
   alignas(128) std::uint32_t board_sequence;  // the last batch published
   alignas(128) std::uint32_t completed;       // the last batch whose replies are released
-  alignas(128) Life life;
+  alignas(128) std::uint32_t life;  // Life
   Decision decision[kServerStreams];  // by stream
   alignas(128) std::uint32_t exited;          // CTAs that have left this launch
   std::uint32_t base;                         // the last batch of the launches before this one

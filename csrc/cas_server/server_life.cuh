@@ -49,15 +49,12 @@ struct LifeAccess {
 
   __device__ void begun() const { *const_cast<volatile u64*>(&args.host->begun[args.stream]) = args.launch; }
   __device__ void fence() const { __threadfence_system(); }
-  __device__ Life life() const {
-    return static_cast<Life>(load_acquire_gpu(reinterpret_cast<const u32*>(&args.state->life)));
-  }
+  __device__ Life life() const { return static_cast<Life>(load_acquire_gpu(&args.state->life)); }
   __device__ bool swap_life(Life from, Life to) const {
-    return compare_swap_gpu(reinterpret_cast<u32*>(&args.state->life), static_cast<u32>(from), static_cast<u32>(to)) ==
-           static_cast<u32>(from);
+    return compare_swap_gpu(&args.state->life, static_cast<u32>(from), static_cast<u32>(to)) == static_cast<u32>(from);
   }
   __device__ void set_life(Life life) const {
-    if (threadIdx.x % 32 == 0) store_release_gpu(reinterpret_cast<u32*>(&args.state->life), static_cast<u32>(life));
+    if (threadIdx.x % 32 == 0) store_release_gpu(&args.state->life, static_cast<u32>(life));
   }
   __device__ void running(bool running) const {
     volatile ServerHostWords* host = args.host;
@@ -104,7 +101,7 @@ __device__ inline void end_launch(const ServerArguments& args, u32 last_id) {
   if (add_acq_rel_gpu(&args.state->exited, 1) == gridDim.x - 1) {
     args.state->exited = 0;
     args.state->base = last_id;
-    store_release_gpu(reinterpret_cast<u32*>(&args.state->life), static_cast<u32>(Life::kFree));
+    store_release_gpu(&args.state->life, static_cast<u32>(Life::kFree));
   }
 }
 

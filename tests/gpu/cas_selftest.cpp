@@ -191,15 +191,7 @@ struct Rank {
             options.striped ? options.world : 1};
   }
   void push(unsigned l, const void* x, unsigned rows, cudaStream_t s) {
-    RowsArgument request = target(l, x, rows);
-    cudaStreamCaptureStatus capture;
-    SIDP_CUDA_CHECK(cudaStreamIsCapturing(s, &capture));
-    request.announced = options.start && capture == cudaStreamCaptureStatusNone;
-    if (request.announced) {
-      requester->announce();
-      server->ensure_serving();
-    }
-    requester->push(request, options.striped, s);
+    server->push(*requester, target(l, x, rows), options.striped, s);
   }
   void wait(unsigned l, void* y, unsigned rows, cudaStream_t s) {
     requester->wait(target(l, y, rows), options.striped, s);
