@@ -66,6 +66,7 @@ def device_report() -> list[dict]:
                 "reaches": list(facts.peers),
                 "reaches_rank": list(facts.peer_ranks),
                 "vmm_refusal": C.vmm_refusal(index),
+                # Where MPS puts its pipes unless it is told otherwise.
                 "mps": bool(os.environ.get("CUDA_MPS_PIPE_DIRECTORY")) or os.path.exists("/tmp/nvidia-mps/control"),
             }
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import time
 
@@ -73,13 +74,20 @@ def _in_the_middle(ctx, placement: str):
     return time.monotonic() - begin, error(y, exact(x, SPEC, 1))
 
 
-@pytest.mark.parametrize("placement", ["layer", "striped"])
-def test_an_owner_killed_in_the_middle_of_a_request(placement):
+@contextlib.contextmanager
+def _asking_a_stopped_owner(placement):
+    """Ranks of which 0 waits for an answer of 1, which is stopped."""
     with start(_in_the_middle, 2, placement, timeout=60) as ranks:
         ranks.wait_for("serving", [1])
         ranks.kill(1, signal.SIGSTOP)
         ranks.tell("stopped", ranks=[0])
         ranks.wait_for("asking", [0])
+        yield ranks
+
+
+@pytest.mark.parametrize("placement", ["layer", "striped"])
+def test_an_owner_killed_in_the_middle_of_a_request(placement):
+    with _asking_a_stopped_owner(placement) as ranks:
         time.sleep(0.5)
         ranks.kill(1, signal.SIGKILL)
         killed = time.monotonic()
@@ -90,11 +98,7 @@ def test_an_owner_killed_in_the_middle_of_a_request(placement):
 
 @pytest.mark.parametrize("placement", ["layer", "striped"])
 def test_an_owner_stopped_for_less_than_the_timeout_is_only_late(placement):
-    with start(_in_the_middle, 2, placement, timeout=60) as ranks:
-        ranks.wait_for("serving", [1])
-        ranks.kill(1, signal.SIGSTOP)
-        ranks.tell("stopped", ranks=[0])
-        ranks.wait_for("asking", [0])
+    with _asking_a_stopped_owner(placement) as ranks:
         time.sleep(1.0)
         ranks.kill(1, signal.SIGCONT)
         ranks.tell("close", ranks=[1])

@@ -99,6 +99,18 @@ def capture(pool, x):
     return graph, y
 
 
+def replays_match(pool, x, count, weights, spec):
+    """Of `count` replays of one graph, by changed inputs, whether each gave the unpooled result; the graph is gone afterwards."""
+    graph, y = capture(pool, x)
+    same = []
+    for seed in range(count):
+        x.copy_(inputs(seed))
+        graph.replay()
+        same.append(torch.equal(y, reference(x, weights, spec)))
+    torch.cuda.synchronize()
+    return same
+
+
 @pytest.mark.parametrize("slots", [1, 2, 3, 7])
 def test_a_thousand_replays_with_changed_inputs(hand_over, slots):
     spec = FFNSpec(HIDDEN, INNER)
@@ -186,13 +198,7 @@ def group_body(ctx, placement, force_fetch, graphs):
             same.append(torch.equal(forward(x, pool), reference(x, weights, spec)))
         if graphs:
             x = inputs(ctx.rank)
-            graph, y = capture(pool, x)
-            for seed in range(100):
-                x.copy_(inputs(seed))
-                graph.replay()
-                same.append(torch.equal(y, reference(x, weights, spec)))
-            torch.cuda.synchronize()
-            del graph, y
+            same += replays_match(pool, x, 100, weights, spec)
         return all(same), pool.stats().fetches
 
 
@@ -291,13 +297,7 @@ def spilled_body(ctx, placement):
         sides = {on_device(pool.placement, ctx.rank, layer, stats.owned_bytes) for layer in range(9)}
         same = [torch.equal(forward(x, pool), reference(x, weights, spec)) for x in map(inputs, range(20))]
         x = inputs(ctx.rank)
-        graph, y = capture(pool, x)
-        for seed in range(30):
-            x.copy_(inputs(seed))
-            graph.replay()
-            same.append(torch.equal(y, reference(x, weights, spec)))
-        torch.cuda.synchronize()
-        del graph, y
+        same += replays_match(pool, x, 30, weights, spec)
         return all(same), pool.stats().fetches > 0, 0 < stats.owned_bytes <= 2 * unit, sides
 
 
