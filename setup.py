@@ -16,6 +16,7 @@ class CMakeBuild(build_ext):
         build.mkdir(parents=True, exist_ok=True)
         configure = [
             "cmake",
+            "--fresh",  # the last build may have found ninja and pybind11 in an environment that pip has removed since
             "-S", str(Path(__file__).resolve().parent),
             "-B", str(build),
             "-G", "Ninja",
