@@ -36,6 +36,18 @@ class DeviceGuard {
   int before_ = 0;
 };
 
+// Within a scope this thread's calls are not refused because some stream of the process is being captured.
+class RelaxedCapture {
+ public:
+  RelaxedCapture() { SIDP_CUDA_CHECK(cudaThreadExchangeStreamCaptureMode(&before_)); }
+  ~RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&before_); }
+  RelaxedCapture(const RelaxedCapture&) = delete;
+  RelaxedCapture& operator=(const RelaxedCapture&) = delete;
+
+ private:
+  cudaStreamCaptureMode before_ = cudaStreamCaptureModeRelaxed;
+};
+
 // Zeroed device memory, or zeroed pinned host memory that the device sees.
 enum class MemoryKind { kDevice, kMappedHost };
 

@@ -2,6 +2,7 @@
 
 import signal
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -244,3 +245,10 @@ def test_every_extent_has_one_copy_elsewhere_and_they_are_spread(kind, world):
         assert set(holders) == set(range(world)) - {rank}
         assert max(map(holders.count, holders)) - min(map(holders.count, holders)) <= 1
     assert not BackupPlan(placement, world, layers, "host").places
+    # Where the arenas are device memory, the same copies lie in host memory of their own.
+    beside = BackupPlan(placement, world, layers, "host", on_device=True)
+    assert beside.extent_bytes() == [placement.arena_bytes(rank) for rank in range(world)]
+    assert beside.host_bytes() == [plan.backup_bytes(rank) for rank in range(world)]
+    assert [beside.kept_bytes(rank) for rank in range(world)] == [0] * world
+    for here, there in zip(plan.places, beside.places, strict=True):
+        assert here == replace(there, offset=there.offset + placement.arena_bytes(there.holder))

@@ -64,15 +64,12 @@ void CudaRequester::wait(const RowsArgument& rows, bool striped, cudaStream_t st
 
 RequesterCounters CudaRequester::counters() const {
   const DeviceGuard guard(config_.device);
-  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;  // somebody may be capturing meanwhile
-  SIDP_CUDA_CHECK(cudaThreadExchangeStreamCaptureMode(&mode));
+  const RelaxedCapture relaxed;
   std::vector<RequesterState> states(geometry_.world);
   const cudaError_t copied = cudaMemcpyAsync(states.data(), states_.as<void>(), sizeof(RequesterState) * states.size(),
                                              cudaMemcpyDeviceToHost, counter_stream_);
-  const cudaError_t done = cudaStreamSynchronize(counter_stream_);
-  SIDP_CUDA_CHECK(cudaThreadExchangeStreamCaptureMode(&mode));
+  SIDP_CUDA_CHECK(cudaStreamSynchronize(counter_stream_));
   SIDP_CUDA_CHECK(copied);
-  SIDP_CUDA_CHECK(done);
   RequesterCounters sum = {};
   for (const RequesterState& state : states) {
     sum.requests += state.counters.requests;

@@ -3,10 +3,10 @@
 
 #include <atomic>
 #include <memory>
-#include <tuple>
 #include <utility>
 #include <vector>
 
+#include "bind_moved.hpp"
 #include "bind_trace.hpp"
 #include "ring.hpp"
 
@@ -61,14 +61,7 @@ void bind_ffn_cache(py::module_& m) {
       .def("release", &Ring::release, py::arg("layer"))
       .def("pause", &Ring::pause)
       .def("resume", &Ring::resume)
-      .def("move_extents",
-           [](Ring& ring, int from, const std::vector<std::tuple<int, int, std::uint64_t, std::uint64_t>>& moved) {
-             std::vector<cache::MovedExtent> list;
-             for (const auto& [layer, to, was, now] : moved) list.push_back({layer, to, was, now});
-             const py::gil_scoped_release released;
-             ring.move_extents(from, list);
-           },
-           py::arg("from_rank"), py::arg("moved"))
+      .def("move_extents", &cache::move_extents_of<Ring>, py::arg("from_rank"), py::arg("moved"))
       .def("owners", &Ring::owners, py::arg("layer"))
       .def("stop", &Ring::stop, py::call_guard<py::gil_scoped_release>())
       .def("slot_address", [](const Ring& ring, int slot) { return reinterpret_cast<std::uintptr_t>(ring.slot_address(slot)); })

@@ -5,6 +5,7 @@
 #include <memory>
 #include <string>
 
+#include "bind_moved.hpp"
 #include "bind_trace.hpp"
 #include "cuda_rate.hpp"
 #include "cuda_ring.hpp"
@@ -76,6 +77,8 @@ void bind_cuda_ring(py::module_& m) {
            py::arg("layer"), py::arg("stream"))
       .def("release", [](CudaRing& ring, int layer, std::uintptr_t stream) { ring.release(layer, stream_of(stream)); },
            py::arg("layer"), py::arg("stream"))
+      .def("move_extents", &cache::move_extents_of<CudaRing>, py::arg("from_rank"), py::arg("moved"))
+      .def("owners", &CudaRing::owners, py::arg("layer"))
       .def("stop", &CudaRing::stop, py::call_guard<py::gil_scoped_release>())
       .def("slot_address", [](const CudaRing& ring, int slot) { return reinterpret_cast<std::uintptr_t>(ring.slot_address(slot)); })
       .def_property_readonly("bytes", &CudaRing::bytes)

@@ -1,7 +1,6 @@
 #include "cuda_ring.hpp"
 
 #include <algorithm>
-#include <utility>
 
 #include "../atomics.hpp"
 #include "../error.hpp"
@@ -11,21 +10,6 @@ namespace sidp::cache {
 namespace {
 
 constexpr std::size_t kCapturesKept = 8;
-
-// A copy of many rows is cut between rows, one long row within it.
-void add_slices(std::vector<DeviceCopy>& list, const DeviceCopy& copy, std::uint64_t slice_bytes) {
-  if (slice_bytes == 0 || copy.width * copy.height <= slice_bytes) {
-    list.push_back(copy);
-    return;
-  }
-  const std::uint64_t rows = copy.height == 1 ? 1 : std::max<std::uint64_t>(1, slice_bytes / copy.width);
-  const std::uint64_t span = copy.height == 1 ? slice_bytes : copy.width;
-  for (std::uint64_t row = 0; row < copy.height; row += rows)
-    for (std::uint64_t begin = 0; begin < copy.width; begin += span)
-      list.push_back({copy.source + row * copy.source_pitch + begin, copy.target + row * copy.target_pitch + begin,
-                      std::min(span, copy.width - begin), std::min(rows, copy.height - row), copy.source_pitch,
-                      copy.target_pitch});
-}
 
 bool is_capturing(cudaStream_t stream) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
@@ -41,6 +25,7 @@ CudaRing::CudaRing(const Placement& placement, int rank, const std::vector<const
     : schedule_(placement, rank, options.slots, options.peak_shifting, options.local),
       options_(options),
       dead_rank_(dead_rank),
+      sources_(sources),
       ready_(options.slots),
       used_(options.slots),
       plan_(schedule_),
@@ -49,7 +34,7 @@ CudaRing::CudaRing(const Placement& placement, int rank, const std::vector<const
       used_generation_(options.slots, 0),
       open_mark_(placement.num_layers(), -1) {
   const DeviceGuard guard(options_.device);
-  lay_out(placement, rank, sources);
+  lay_out(placement);
   const auto slots = static_cast<std::size_t>(options_.slots);
   slots_ = DeviceMemory(bytes());
   words_ = DeviceMemory((2 + 2 * slots) * sizeof(std::uint64_t));
@@ -72,40 +57,6 @@ CudaRing::~CudaRing() {
   }
 }
 
-// The copies of every unit, sliced, and the same as a table for the repairing kernel.
-void CudaRing::lay_out(const Placement& placement, int rank, const std::vector<const std::uint8_t*>& sources) {
-  std::vector<DeviceCopy> table;
-  std::vector<DeviceUnit> units;
-  for (int index = 0; index < schedule_.num_remote(); ++index) {
-    const int layer = schedule_.layer(index);
-    std::vector<DeviceCopy> slices;
-    const auto first = static_cast<std::uint32_t>(table.size());
-    std::uint64_t remote = 0, total = 0;
-    for (const CopyOp& op : placement.copies(layer, rank, true)) {
-      total += op.bytes();
-      // No extent lies on both sides of its owner's cut.
-      const bool spilled = !options_.cuts.empty() && op.source >= options_.cuts.at(op.owner);
-      const std::uint8_t* source = spilled ? options_.host_sources.at(op.owner) + (op.source - options_.cuts[op.owner])
-                                           : sources.at(op.owner) + op.source;
-      const DeviceCopy copy{source, op.target, op.width, op.height, op.source_pitch, op.target_pitch};
-      table.push_back(copy);
-      add_slices(slices, copy, options_.slice_bytes);
-      if (op.owner != rank || options_.own_is_remote || spilled) remote += op.bytes();
-    }
-    std::uint64_t needed = 0;
-    for (const TensorLayout& tensor : placement.unit(layer).tensors()) needed += tensor.bytes();
-    SIDP_ASSERT(total >= needed, "the copies of layer ", layer, " bring ", total, " of ", needed, " bytes");
-    units.push_back({first, static_cast<std::uint32_t>(table.size()) - first});
-    copies_.push_back(std::move(slices));
-    remote_bytes_.push_back(remote);
-    slot_stride_ = std::max(slot_stride_, align_up(placement.unit(layer).bytes(), kSlotAlignment));
-  }
-  copy_table_ = DeviceMemory(table.size() * sizeof(DeviceCopy));
-  unit_table_ = DeviceMemory(units.size() * sizeof(DeviceUnit));
-  SIDP_CUDA_CHECK(cudaMemcpy(copy_table_.as<void>(), table.data(), table.size() * sizeof(DeviceCopy), cudaMemcpyHostToDevice));
-  SIDP_CUDA_CHECK(cudaMemcpy(unit_table_.as<void>(), units.data(), units.size() * sizeof(DeviceUnit), cudaMemcpyHostToDevice));
-}
-
 void CudaRing::stop() {
   {
     std::lock_guard<std::mutex> lock(mutex_);
@@ -117,8 +68,12 @@ void CudaRing::stop() {
   SIDP_CUDA_CHECK(cudaDeviceSynchronize());
 }
 
-void CudaRing::check_usable() const {
+void CudaRing::check_open() const {
   if (stopped_) throw PoolClosedError("the pool is closed: its weights are gone; make a new pool");
+}
+
+void CudaRing::check_usable() const {
+  check_open();
   const int dead = dead_rank_ == nullptr ? -1 : dead_rank_->load(std::memory_order_acquire);
   if (dead >= 0)
     throw PeerError(dead, detail::concat("rank ", dead, " died: its weights are lost; close the pool and start the group again"));

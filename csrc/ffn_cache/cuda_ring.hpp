@@ -19,6 +19,7 @@
 #include "cuda_trace.hpp"
 #include "cuda_words.hpp"
 #include "issue_plan.hpp"
+#include "moved_extent.hpp"
 
 namespace sidp::cache {
 
@@ -54,7 +55,8 @@ struct CudaRingStats {
 
 class CudaRing {
  public:
-  // `sources[rank]`: where that owner's extents lie, device memory or pinned host memory. `dead_rank`: -1 until a death.
+  // `sources`: where each rank's extents lie, by rank, device memory or pinned host memory; behind them any further areas that
+  // move_extents() may name. `dead_rank`: -1 until a death.
   CudaRing(const Placement& placement, int rank, const std::vector<const std::uint8_t*>& sources,
            const std::atomic<int>* dead_rank, const CudaRingOptions& options);
   ~CudaRing();
@@ -70,6 +72,13 @@ class CudaRing {
   // What `stream` has done until now was the last reading.
   void release(int layer, cudaStream_t stream);
 
+  // Nothing is fetched from owner `from` any more, but from where `moved` says; what the slots hold stays. Copies that are
+  // enqueued already, and graphs that were captured before, go on reading that owner's memory, which must stay mapped.
+  // LayoutError where `moved` leaves an extent out.
+  void move_extents(int from, const std::vector<MovedExtent>& moved);
+  // The areas whose memory a fetch of `layer` reads.
+  std::vector<int> owners(int layer) const;
+
   // Waits for the device and refuses later uses. Idempotent. Graphs that were captured here must not be replayed after it.
   void stop();
 
@@ -80,8 +89,10 @@ class CudaRing {
  private:
   friend class CudaCapture;
 
+  void check_open() const;
   void check_usable() const;
-  void lay_out(const Placement& placement, int rank, const std::vector<const std::uint8_t*>& sources);
+  void lay_out(const Placement& placement);
+  void resolve();
   void issue(cudaStream_t stream);
   void enqueue(const Fetch& fetch);
   void enqueue_copy(int index, int slot);
@@ -104,6 +115,9 @@ class CudaRing {
   FetchSchedule schedule_;
   CudaRingOptions options_;
   const std::atomic<int>* dead_rank_;
+  std::vector<const std::uint8_t*> sources_;
+  std::vector<std::vector<CopyOp>> ops_;         // by remote index; what the next three say by address
+  std::vector<DeviceCopy> table_;                // of all units, as copy_table_ has it
   std::vector<std::vector<DeviceCopy>> copies_;  // by remote index, cut into slices
   std::vector<std::uint64_t> remote_bytes_;      // by remote index
   std::uint64_t slot_stride_ = 0;

@@ -89,21 +89,8 @@ void Ring::move_extents(int from, const std::vector<MovedExtent>& moved) {
   engine_.interrupt(true);  // the copy thread lets go of the mutex at its next slice
   const std::lock_guard<std::mutex> lock(copies_mutex_);
   engine_.interrupt(false);
-  for (const MovedExtent& move : moved) {
-    const int index = schedule_.remote_index(move.layer);
-    if (index < 0) continue;
-    for (CopyOp& op : copies_[index]) {
-      if (op.owner != from) continue;
-      SIDP_REQUIRE(op.source >= move.was, LayoutError, "layer ", move.layer, " is read at ", op.source,
-                   " of its owner, before its extent at ", move.was);
-      op.source = op.source - move.was + move.now;
-      op.owner = move.to;
-    }
-    remote_bytes_[index] = remote_bytes(index);
-  }
-  for (int index = 0; index < schedule_.num_remote(); ++index)
-    for (const CopyOp& op : copies_[index])
-      SIDP_REQUIRE(op.owner != from, LayoutError, "layer ", schedule_.layer(index), " is still read from rank ", from);
+  move_copies(schedule_, copies_, from, moved);
+  for (int index = 0; index < schedule_.num_remote(); ++index) remote_bytes_[index] = remote_bytes(index);
 }
 
 std::vector<int> Ring::owners(int layer) const {

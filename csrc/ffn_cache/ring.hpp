@@ -17,6 +17,7 @@
 #include "../p2p/process.hpp"
 #include "../schedule.hpp"
 #include "copy_engine.hpp"
+#include "moved_extent.hpp"
 #include "signal.hpp"
 #include "trace.hpp"
 
@@ -29,14 +30,6 @@ struct RingOptions {
   bool paused = false;  // until the first use: a rank that reaches its layers in another way touches no slot
   CopyLimits limits;
   std::uint64_t* activity = nullptr;  // counts uses, for peers that wait for this rank to finish
-};
-
-// A lost owner's extent of `layer` lay at `was` of its extent area; another rank's copy of it lies at `now` of that rank's.
-struct MovedExtent {
-  int layer = 0;
-  int to = 0;
-  std::uint64_t was = 0;
-  std::uint64_t now = 0;
 };
 
 struct RingStats {

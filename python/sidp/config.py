@@ -162,9 +162,9 @@ class PoolConfig:
         device: where the weights live; None takes the current CUDA device where the build and the machine have one, else
             the CPU.
         force_fetch: fetch the layers of owners on this very GPU too, instead of reading them in place (tests, measurements).
-        redundancy: 1: the group survives the loss of one rank; 0: a death ends it with PeerError. CPU backend.
+        redundancy: 1: the group survives the loss of one rank (on GPUs in WaS); 0: a death ends it with PeerError.
         backup: where every unit's second copy is then: "peer" (another rank's memory), "host" (host memory that outlives
-            its process), "file" (the safetensors files, read again after a loss).
+            its process), "file" (the safetensors files, read again after a loss; CPU backend).
         timeout_s: seconds after which a wait gives up with PeerError.
         device_bytes: with host_tier, bytes of every rank's share that stay in its device memory, where peers fetch them;
             None keeps nothing there.

@@ -30,7 +30,12 @@ def wants_cas(config: PoolConfig, units: Sequence[Unit], world_size: int, cuda: 
     if config.mode != "auto":
         return False
     if cuda:
-        return _auto_on_gpus() and not config.host_tier and not loads_lazily() and any(cas.reachable(units, cuda=True))
+        return (
+            _auto_on_gpus()
+            and not (config.host_tier or config.redundancy)
+            and not loads_lazily()
+            and any(cas.reachable(units, cuda=True))
+        )
     return policy.auto_may_use_cas(units)
 
 

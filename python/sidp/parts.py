@@ -34,7 +34,7 @@ def open_transport(plan: PoolPlan, control: ControlPlane):
         if not any(cuts):
             return HostTransport(control, sizes, plan.device)
         return open_gpu_transport(control, sizes, plan.device, cuts=cuts)
-    transport = open_gpu_transport(control, sizes, plan.device, region_bytes)
+    transport = open_gpu_transport(control, sizes, plan.device, region_bytes, backups=plan.backups)
     if region_bytes and not transport.region_bytes:
         logger.warning("sidp: CaS is off: no GPU can write to another's memory here")
         plan.geometry = None

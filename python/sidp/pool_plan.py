@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from . import cas
 from ._native import C
 from .agreement import agree, units_of
-from .backups import BackupPlan
+from .backups import BackupPlan, check_backup_on_gpus
 from .config import FFNSpec, PoolConfig, Unit
 from .control import ControlPlane
 from .device import choose_device
@@ -78,8 +78,8 @@ class PoolPlan:
             raise ConfigError("mode='cas' asks the owners' GPUs, and host_tier=True has none: use 'was' or 'auto'")
         if config.resident_layers > layers:
             raise ConfigError(f"resident_layers={config.resident_layers} is more than the {layers} layers of the pool")
-        if config.redundancy and (self.on_gpu or config.host_tier):
-            raise ConfigError("redundancy=1 is offered on the CPU backend only by this version: use 0 on GPUs")
+        if config.redundancy and self.on_gpu:
+            _check_redundancy_on_gpus(config)
         pooled = layers - config.resident_layers
         if not self.striped and config.mode != "local" and world > pooled > 0:
             raise ConfigError(
@@ -108,8 +108,12 @@ class PoolPlan:
 
     def _place(self, world: int, resident_layers: int) -> None:
         self.placement = C.Placement(self.config.placement, self._layouts, world, resident_layers)
-        kept = self.config.redundancy and not self.reason
-        self.backups = BackupPlan(self.placement, world, len(self.units), self.config.backup if kept else None)
+        self._plan_backups(world)
+
+    def _plan_backups(self, world: int) -> None:
+        kind = self.config.backup if self.config.redundancy and not self.reason else None
+        on_device = self.on_gpu and not (self.config.host_tier or self._all_in_host)
+        self.backups = BackupPlan(self.placement, world, len(self.units), kind, on_device)
 
     def _choose_slots(self) -> None:
         config, ranks = self.config, range(self.world_size)
@@ -164,4 +168,17 @@ class PoolPlan:
     def move_to_host(self) -> None:
         """The transport found room in host memory only: nothing but residents is read where it lies."""
         self._all_in_host = True
+        self._plan_backups(self.world_size)
         self.local = [self.placement.resident(layer) for layer in self._layers]
+
+
+def _check_redundancy_on_gpus(config: PoolConfig) -> None:
+    if config.mode == "cas":
+        raise ConfigError(
+            "redundancy=1 with mode='cas' is offered on the CPU backend only by this version: use mode='was', or redundancy=0"
+        )
+    check_backup_on_gpus(config.backup)
+    if config.device_bytes:
+        raise ConfigError(
+            "redundancy=1 and device_bytes do not go together in this version: leave device_bytes out, or redundancy at 0"
+        )

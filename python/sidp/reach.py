@@ -70,18 +70,22 @@ class Reach:
         """Waits for the layer's weights; to be paired with ``release``."""
         if self._survival is not None:
             self._acquire_outliving(layer)
-        elif self.ring is not None:
-            self.ring.acquire(layer, self._stream() if self._on_gpu else self._timeout_s)
-        elif self._on_gpu:
-            self._control.watch.check("using the pool")
+        else:
+            self._wait_for(layer)
         self._last_mode = mode = self._modes[layer]
         self._calls[mode] += 1
         return self.tensors[layer]
 
+    def _wait_for(self, layer: int) -> None:
+        if self.ring is not None:
+            self.ring.acquire(layer, self._stream() if self._on_gpu else self._timeout_s)
+        elif self._on_gpu:
+            self._control.watch.check("using the pool")
+
     def _acquire_outliving(self, layer: int) -> None:
         while True:
             try:
-                return self.ring.acquire(layer, self._timeout_s)
+                return self._wait_for(layer)
             except PeerError as error:
                 self._survival.outlive(error)
 

@@ -69,18 +69,20 @@ class Survival:
     # ---- before the group is there ------------------------------------------------------------------------------------
 
     def copy_from_peers(self) -> None:
-        """With kind "peer": takes the backups over from their owners, whose extents are complete by now."""
-        if self._plan.kind != "peer":
+        """Except with kind "file": takes the backups over from their owners, whose extents are complete by now."""
+        if self._plan.kind == "file":
             return
-        memory = self._transport.extents()
+        memory = self._transport.backups()
         for place in self._plan.places:
             if place.holder == self._rank:
                 begin = self._placement.share(place.layer, place.owner).offset
                 source = self._transport.extents_of(place.owner)[begin : begin + place.nbytes]
                 memory[place.offset : place.offset + place.nbytes].copy_(source)
+        if memory.is_cuda:
+            torch.cuda.synchronize(memory.device)
 
     def start(self, ring) -> None:
-        """From here on a death is survived."""
+        """From here on a death is survived. ``ring``: None where every layer is read in place."""
         self._ring = ring
         self._thread = threading.Thread(target=self._run, name="sidp-survival", daemon=True)
         self._thread.start()
@@ -146,10 +148,10 @@ class Survival:
         places = self._plan.of(lost)
         self._fill(lost)  # L3
         self._wait_filled(lost, {place.holder for place in places})  # L4
-        if places:
-            share = self._placement.share
+        if places and self._ring is not None:
+            share, area = self._placement.share, self._transport.backup_area
             self._ring.move_extents(
-                lost, [(p.layer, p.holder, share(p.layer, lost).offset, p.offset) for p in places]
+                lost, [(p.layer, area(p.holder), share(p.layer, lost).offset, p.offset) for p in places]
             )  # L5
         self._control.watch.go_on_without(lost)  # L6
         with self._changed:

@@ -134,6 +134,14 @@ class ShmTransport:
         """That rank's extent area as it is mapped here; a peer's may only be read."""
         return host_bytes(self._owners()[rank].extents, self._extent_bytes[rank], self._owners()[rank])
 
+    def backups(self) -> torch.Tensor:
+        """The area with this rank's backups of others' extents; a Place counts from its begin."""
+        return self.extents()
+
+    def backup_area(self, rank: int) -> int:
+        """Which of the ring's sources is the area with that rank's backups."""
+        return rank
+
     def verdict_word(self):
         """The one word by which the group agrees on a lost rank. It outlives every process that has not mapped it last."""
         return C.SharedWord(self._owners()[0].mailboxes + _VERDICT_AT, self._owners()[0])

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ._native import C
+from .backups import BackupPlan
 from .control import ControlPlane
 from .device import device_bytes
 from .errors import ConfigError, SidpError
@@ -195,6 +196,38 @@ class SpillTransport(CudaTransport):
         return {**super().ring_arguments(), "cuts": self._cuts, "host_sources": self._host_sources}
 
 
+class BackedTransport(CudaTransport):
+    """Shares in device arenas, and backups of the others' in pinned host memory: ``backup_bytes`` by rank.
+
+    Collective, and raises PeerAccessRefused, as CudaTransport.
+    """
+
+    def __init__(
+        self,
+        control: ControlPlane,
+        extent_bytes: list[int],
+        device: torch.device,
+        backup_bytes: list[int],
+        handles: str = "vmm",
+    ):
+        super().__init__(control, extent_bytes, device, handles=handles, host_bytes=backup_bytes)
+        self._backup_sources: list[int] = []
+
+    def backups(self) -> torch.Tensor:
+        return ShmTransport.extents(self)
+
+    def backup_area(self, rank: int) -> int:
+        return self._control.world_size + rank
+
+    def connect(self) -> None:
+        super().connect()
+        self._backup_sources = self._pin_host_parts()
+
+    def ring_arguments(self) -> dict:
+        arguments = super().ring_arguments()
+        return {**arguments, "sources": arguments["sources"] + self._backup_sources}
+
+
 class PeerAccessRefused(Exception):
     """GPUs of the group do not reach each other's memory; the message says which rank found out, and how."""
 
@@ -205,20 +238,31 @@ def open_gpu_transport(
     device: torch.device,
     region_bytes: int = 0,
     cuts: list[int] | None = None,
+    backups: BackupPlan | None = None,
 ) -> GpuTransport:
     """Collective: device memory where every rank can read every other's, pinned host memory otherwise (without CaS).
 
     SIDP_P2P=auto|ipc|vmm|host: "ipc" and "vmm" refuse to fall back, "host" asks for host memory; "auto" tries them in
-    this order. With ``cuts``, what of each share lies beyond them is in host memory in any case.
+    this order. With ``cuts``, what of each share lies beyond them is in host memory in any case. With ``backups``, only memory
+    that outlives its process is taken: copies that are under way when a rank is lost still read from it.
     """
     wish = os.environ.get("SIDP_P2P", "auto")
     if wish not in ("auto", *HANDLES, "host"):
         raise ConfigError(f"environment variable SIDP_P2P={wish!r}: expected 'auto', 'ipc', 'vmm' or 'host'")
     if wish == "host":
         return HostTransport(control, extent_bytes, device)
+    kinds = HANDLES if wish == "auto" else (wish,)
+    if backups is not None and backups.kind is not None:
+        if wish == "ipc":
+            raise ConfigError(
+                "SIDP_P2P=ipc with redundancy=1: such memory goes with its process; use SIDP_P2P=auto or vmm"
+            )
+        kinds = ("vmm",)
     refusals = []
-    for handles in HANDLES if wish == "auto" else (wish,):
+    for handles in kinds:
         try:
+            if backups is not None and backups.apart:
+                return BackedTransport(control, extent_bytes, device, backups.host_bytes(), handles)
             if cuts is not None:
                 return SpillTransport(control, extent_bytes, device, cuts, handles)
             return CudaTransport(control, extent_bytes, device, region_bytes, handles)

@@ -7,17 +7,18 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 
-import test_was_cuda
 import torch
-from test_was_cuda import FFNSpec, capture, forward, inputs, pool_of, reference, weights_of
+
+import chain
+from chain import FFNSpec, capture, forward, inputs, pool_of, reference, weights_of
 
 tiny = sys.argv[1:] == ["tiny"]
 if tiny:
-    test_was_cuda.HIDDEN = 64
+    chain.HIDDEN = 64
 layers, rounds = (4, 1) if tiny else (5, 3)
 for kind in ("events", "words"):
     os.environ["SIDP_HAND_OVER"] = kind
-    spec = FFNSpec(test_was_cuda.HIDDEN, 96 if tiny else 704)
+    spec = FFNSpec(chain.HIDDEN, 96 if tiny else 704)
     weights = weights_of(spec, layers=layers)
     with pool_of(spec, weights, host_tier=True, slots=2) as pool:
         x = inputs(0, rows=3)

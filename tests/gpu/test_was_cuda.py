@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import sidp
+from chain import HIDDEN, INNER, LAYERS, capture, forward, inputs, pool_of, reference, replays_match, weights_of
 from launch import parallel_launch, start
-from sidp import FFNSpec, PoolConfig, WeightPool, ffn_forward
+from sidp import FFNSpec, PoolConfig, ffn_forward
 from sidp._native import C
 from sidp.ffn import apply_formula
 from sidp.spill import on_device
@@ -24,45 +25,6 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
     pytest.mark.skipif(not getattr(C, "with_cuda", False), reason="the extension was built without CUDA"),
 ]
-
-LAYERS, HIDDEN, INNER = 7, 256, 704
-
-
-def weights_of(spec: FFNSpec, layers: int = LAYERS, device="cuda") -> list[dict[str, torch.Tensor]]:
-    generator = torch.Generator(device).manual_seed(3)
-    made = []
-    for _ in range(layers):
-        unit = {}
-        for tensor in spec.unit().tensors:
-            values = torch.randn(tensor.shape, generator=generator, device=device, dtype=torch.float32)
-            unit[tensor.name] = (values * tensor.shape[-1] ** -0.5).to(tensor.dtype)
-        made.append(unit)
-    return made
-
-
-def pool_of(spec, weights, **config) -> WeightPool:
-    pool = WeightPool([spec] * len(weights), config=PoolConfig(mode="was", timeout_s=30, device="cuda", **config))
-    for layer, unit in enumerate(weights):
-        pool.load(layer, unit)
-    pool.commit()
-    return pool
-
-
-# A gated FFN squares its input, so a plain chain of them overflows, and NaN equals nothing: tanh keeps it bounded.
-def forward(x, pool):
-    for layer in range(pool.num_layers):
-        x = torch.tanh(x + ffn_forward(x, pool, layer))
-    return x
-
-
-def reference(x, weights, spec):
-    for unit in weights:
-        x = torch.tanh(x + apply_formula(x, unit, spec))
-    return x
-
-
-def inputs(seed, rows=33, dtype=torch.bfloat16):
-    return torch.randn(rows, HIDDEN, generator=torch.Generator("cuda").manual_seed(seed), device="cuda").to(dtype)
 
 
 @pytest.fixture(params=["events", "words"])
@@ -85,30 +47,6 @@ def test_host_tier_is_bit_identical_in_order_and_out_of_order(hand_over, slots, 
             x = inputs(layer, dtype=dtype)
             assert torch.equal(ffn_forward(x, pool, layer), apply_formula(x, weights[layer], spec))
         assert pool.stats().fetches > 0
-
-
-def capture(pool, x):
-    graph = torch.cuda.CUDAGraph()
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        forward(x, pool)
-    torch.cuda.current_stream().wait_stream(side)
-    with torch.cuda.graph(graph):
-        y = forward(x, pool)
-    return graph, y
-
-
-def replays_match(pool, x, count, weights, spec):
-    """Of `count` replays of one graph, by changed inputs, whether each gave the unpooled result; the graph is gone afterwards."""
-    graph, y = capture(pool, x)
-    same = []
-    for seed in range(count):
-        x.copy_(inputs(seed))
-        graph.replay()
-        same.append(torch.equal(y, reference(x, weights, spec)))
-    torch.cuda.synchronize()
-    return same
 
 
 @pytest.mark.parametrize("slots", [1, 2, 3, 7])

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--slots", type=positive, metavar="N", help="ring slots (default: what sidp would choose)")
     parser.add_argument(
         "--backup",
-        choices=("peer", "host", "file"),
+        choices=("peer", "host"),
         help="count a second copy of every unit, so that the group survives a loss (default: none)",
     )
     parser.add_argument(

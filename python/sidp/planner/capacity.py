@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from .._native import C
-from ..backups import BACKUPS, BackupPlan, check_redundancy
+from ..backups import BACKUPS, BackupPlan, check_backup_on_gpus, check_redundancy
 from ..config import PLACEMENTS
 from ..errors import ConfigError
 from ..shares import unit_layout
@@ -34,7 +34,7 @@ class Deployment:
         engine: "vllm", which reads the KV cache where it lies, or "transformers", whose paged attention copies the keys
             and values that it reads, a layer at a time.
         ranks_per_gpu: replicas that share a GPU's memory evenly and, pooled by layer, read each other's layers in place.
-        backup: where every unit's second copy is ("peer", "host", "file"), for a group that survives a loss; None: nowhere.
+        backup: where every unit's second copy is ("peer" or "host"), for a group that survives a loss; None: nowhere.
     """
 
     model: ModelShape
@@ -69,6 +69,7 @@ class Deployment:
                 f"ranks_per_gpu={self.ranks_per_gpu} must divide dp={self.dp}, and replicas of tp={self.tp} GPUs share none"
             )
         check_redundancy(int(self.backup is not None), self.backup or BACKUPS[0])
+        check_backup_on_gpus(self.backup)
         self.model.check_tp(self.tp)
 
     @property
@@ -137,7 +138,7 @@ class MemoryPlan:
     tp: int
     seq: int
     backup_bytes: tuple[int, ...] = ()  # of ffn_bytes, copies of other ranks' units
-    backup_host_bytes: int = 0  # host memory that a GPU's share takes again
+    backup_host_bytes: int = 0  # host memory for a GPU's part of the copies
 
     def kv_bytes(self, rank: int) -> int:
         """What is left for KV cache; negative where the weights alone do not fit."""
@@ -209,7 +210,7 @@ def pooled(deployment: Deployment, kind: str, slots: int | None = None) -> Memor
         )
     placement = C.Placement(kind, deployment.layouts, dp)
     local = [deployment.read_in_place(placement, kind, rank) for rank in range(dp)]
-    backups = BackupPlan(placement, dp, layers, deployment.backup)
+    backups = BackupPlan(placement, dp, layers, deployment.backup, on_device=True)
     copies = tuple(backups.kept_bytes(rank) for rank in range(dp))
     shares = tuple(placement.arena_bytes(rank) + copies[rank] for rank in range(dp))
     chosen, pays = choose_slots(placement, slots, True, local, shares)
@@ -227,7 +228,7 @@ def pooled(deployment: Deployment, kind: str, slots: int | None = None) -> Memor
         ffn_bytes=shares,
         ring_bytes=rings,
         backup_bytes=copies,
-        backup_host_bytes=max(shares) if deployment.backup == "host" else 0,
+        backup_host_bytes=max(backups.host_bytes()),
         fetched_bytes=tuple(sum(sizes) for sizes in remote),
         largest_copy_bytes=max((size for sizes in remote for size in sizes), default=0),
     )
