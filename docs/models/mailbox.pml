@@ -16,7 +16,7 @@
 
 byte tail[2], record_sequence[4], record_rows[4], rows[4];    /* in the owner's region */
 byte reply_sequence[4], reply_of[4], result[4];               /* in the requesters' regions */
-byte bell;
+bool rung;                                                    /* the bell, since the owner read it last */
 bool sleeping, asleep;
 byte finished;
 
@@ -34,11 +34,15 @@ proctype requester(byte me; bool hostile) {
 #ifdef MUTATE_TAIL_FIRST
      tail[me] = pushed;
 #endif
+     if                                                                       /* R1b: early, so that it wakes meanwhile */
+     :: sleeping -> rung = true; asleep = false
+     :: else
+     fi;
      rows[at] = pushed;                                                       /* R2 */
      record_sequence[at] = pushed;                                            /* R3 */
      record_rows[at] = MAX_ROWS;
 #ifdef MUTATE_BELL_FIRST
-     bell++;
+     rung = true;
      if
      :: sleeping -> asleep = false
      :: else
@@ -46,11 +50,13 @@ proctype requester(byte me; bool hostile) {
      tail[me] = pushed;
 #else
      tail[me] = pushed;                                                       /* R4 */
-     bell++;                                                                  /* R4b */
+#ifndef MUTATE_NO_LATE_BELL
+     rung = true;                                                             /* R4b: due all the same */
      if
      :: sleeping -> asleep = false
      :: else
      fi;
+#endif
 #endif
      if
      :: hostile -> record_rows[at] = TOO_MANY
@@ -63,7 +69,7 @@ proctype requester(byte me; bool hostile) {
      assert(hostile || result[at] != 0);
      consumed++                                                               /* R7 */
   od;
-  atomic { finished++; bell++; asleep = false }                               /* close() wakes the server too */
+  atomic { finished++; rung = true; asleep = false }                               /* close() wakes the server too */
 }
 
 byte served[2];
@@ -91,7 +97,7 @@ inline serve_one(r) {
 }
 
 active proctype owner() {
-  byte at, count, answer, seen;
+  byte at, count, answer;
   do
   :: tail[0] > served[0] -> assert(tail[0] - served[0] <= SLOTS); serve_one(0)    /* O1, O3 */
   :: tail[1] > served[1] -> assert(tail[1] - served[1] <= SLOTS); serve_one(1)
@@ -101,7 +107,7 @@ active proctype owner() {
      :: else
      fi;
      sleeping = true;
-     seen = bell;
+     rung = false;
      if
 #ifdef MUTATE_NO_SECOND_LOOK
      :: true ->
@@ -113,7 +119,7 @@ active proctype owner() {
 #else
         atomic {                                                              /* futex: compares and sleeps in one */
           if
-          :: bell == seen -> asleep = true
+          :: !rung -> asleep = true
           :: else
           fi
         }
