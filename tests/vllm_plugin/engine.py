@@ -1,14 +1,21 @@
-"""One rank: runs vLLM engines, one after another, as a job says, and writes what they did.
+"""Ranks that run vLLM engines, one after another, as a job says, and write what they did.
 
-    python engine.py JOB.json RESULT.json
+    python engine.py        # reads an order a line, {"ranks": [rank, ...], "timeout_s": s}, and answers each with a line of exit codes
 
-The job is a list of engines: {"args": LLM's arguments, "prompts": [text or token ids], "max_tokens": n, "pooled": bool}.
+A rank is {"job": JOB.json, "result": RESULT.json, "log": file, "environment": {name: value}}, its job a list of engines:
+{"args": LLM's arguments, "prompts": [text or token ids], "max_tokens": n, "pooled": bool}. This process imports vLLM, which takes
+a quarter of a minute, once and forks for every rank.
 """
 
+import contextlib
 import gc
 import json
+import os
 import re
+import signal
 import sys
+import time
+import traceback
 
 FFN = re.compile(r"\.mlp\.(gate|up|down)_proj\.")
 
@@ -76,14 +83,61 @@ def run(engine: dict, reads: dict[str, int]) -> dict:
     return result
 
 
-def main() -> None:
-    job, target = sys.argv[1:]
+def run_rank(rank: dict) -> None:
+    os.environ.update(rank["environment"])
     reads = count_reads()
-    with open(job) as file:
+    with open(rank["job"]) as file:
         engines = json.load(file)
     results = [run(engine, reads) for engine in engines]
-    with open(target, "w") as file:
+    with open(rank["result"], "w") as file:
         json.dump(results, file)
+
+
+def start(rank: dict) -> int:
+    """Its process, in a session of its own."""
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        os.setsid()
+        log = os.open(rank["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        for mine, theirs in ((nothing, 0), (log, 1), (log, 2)):
+            os.dup2(mine, theirs)
+        run_rank(rank)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def wait(child: int, end: float) -> int | str:
+    """Its exit code; afterwards neither it nor a worker of it is left."""
+    try:
+        while time.monotonic() < end:
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                return os.waitstatus_to_exitcode(status)
+            time.sleep(0.05)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        return "none within the time limit"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child, signal.SIGKILL)
+
+
+def main() -> None:
+    from vllm import LLM  # noqa: F401
+
+    for line in sys.stdin:
+        order = json.loads(line)
+        children = [start(rank) for rank in order["ranks"]]
+        end = time.monotonic() + order["timeout_s"]
+        print(json.dumps([wait(child, end) for child in children]), flush=True)
 
 
 if __name__ == "__main__":  # vLLM's workers import this file again

@@ -1,14 +1,13 @@
-"""Starts one process of engine.py a rank and collects what they did."""
+"""Has engine.py start one process a rank, and collects what they did."""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -33,53 +32,43 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+@functools.cache
+def _forks() -> subprocess.Popen:
+    """The process that has imported vLLM; it ends with its standard input."""
+    return subprocess.Popen(
+        [sys.executable, str(_ENGINE)],
+        env={**os.environ, **_ENVIRONMENT},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
 def run_ranks(
     folder: Path, jobs: list[list[dict[str, Any]]], *, timeout_s: float = 600, **environment: str
 ) -> list[list[dict[str, Any]]]:
     """Job r on rank r of ``len(jobs)``, all at once; their results by rank. AssertionError with the log of a rank that fails."""
     folder.mkdir(parents=True, exist_ok=True)
-    shared = {"SIDP_VLLM_WORLD_SIZE": str(len(jobs)), "SIDP_VLLM_MASTER_PORT": str(free_port())}
-    processes, logs = [], []
-    try:
-        for rank, job in enumerate(jobs):
-            (folder / f"job{rank}.json").write_text(json.dumps(job))
-            logs.append((folder / f"log{rank}").open("w"))
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, str(_ENGINE), str(folder / f"job{rank}.json"), str(folder / f"result{rank}.json")],
-                    env={**os.environ, **_ENVIRONMENT, **shared, "SIDP_VLLM_RANK": str(rank), **environment},
-                    stdin=subprocess.DEVNULL,
-                    stdout=logs[-1],
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                )
-            )
-        end = time.monotonic() + timeout_s
-        codes = [_wait(process, end) for process in processes]
-    finally:
-        for process in processes:
-            _end(process)
-        for log in logs:
-            log.close()
-    for rank, code in enumerate(codes):
+    environment |= {"SIDP_VLLM_WORLD_SIZE": str(len(jobs)), "SIDP_VLLM_MASTER_PORT": str(free_port())}
+    ranks = []
+    for rank, job in enumerate(jobs):
+        (folder / f"job{rank}.json").write_text(json.dumps(job))
+        ranks.append(
+            {
+                "job": str(folder / f"job{rank}.json"),
+                "result": str(folder / f"result{rank}.json"),
+                "log": str(folder / f"log{rank}"),
+                "environment": {**environment, "SIDP_VLLM_RANK": str(rank)},
+            }
+        )
+    forks = _forks()
+    forks.stdin.write(json.dumps({"ranks": ranks, "timeout_s": timeout_s}) + "\n")
+    forks.stdin.flush()
+    answer = forks.stdout.readline()
+    assert answer, f"{_ENGINE.name} ended with exit code {forks.wait()}"
+    for rank, code in enumerate(json.loads(answer)):
         assert code == 0, f"rank {rank}: exit {code}\n{_tail(folder / f'log{rank}')}"
     return [json.loads((folder / f"result{rank}.json").read_text()) for rank in range(len(jobs))]
-
-
-def _wait(process: subprocess.Popen, end: float) -> int | str:
-    try:
-        return process.wait(max(0.1, end - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        return "none within the time limit"
-
-
-def _end(process: subprocess.Popen) -> None:
-    """Its workers too: they are in its session."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
-    process.wait()
 
 
 def _tail(log: Path) -> str:
