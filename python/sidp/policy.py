@@ -131,6 +131,8 @@ def build_model(units: Sequence[Unit], placement, rank: int, slots: int, profile
     travelling = spec.dtype.itemsize * 2 if parts == 1 else (parts - 1) * (spec.dtype.itemsize + 4)
     model.row_bytes = float(spec.hidden_size * travelling)
     model.owner_share = 1 / parts
+    # Until the first answers tell: the others do as this rank does, and where every owner serves every request it has all of theirs.
+    model.fused_factor = float(parts)
     model.compute = C.TimeTable(list(profile.compute))
     return model
 
