@@ -15,8 +15,9 @@ pytestmark = pytest.mark.usefixtures("nothing_left_in_shared_memory")
 
 SPEC = FFNSpec(32, 96, dtype=torch.float32)
 LAYERS = 8
-# The bound of the contract; detection itself takes milliseconds.
-SEEN_WITHIN_S = 5.0
+# Well within the pools' own timeout. The contract says 5 s, and it takes milliseconds (docs/faults.md); but a machine that runs
+# tests may stand still for longer than that.
+SEEN_WITHIN_S = 20.0
 
 
 def body_dies_in(ctx, phase, victim):

@@ -76,7 +76,7 @@ def test_a_rank_that_does_not_come_is_named_in_time():
     own, begin = _file_with(b""), time.monotonic()
     with pytest.raises(SidpError, match=r"rank\(s\) 1 within 0.3 s"):
         exchange.run(own, [exchange.address, silent.address], 0.3)
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 20
     os.close(own)
 
 
