@@ -38,16 +38,16 @@ void CudaRing::lay_out(const Placement& placement) {
     units.push_back({first, static_cast<std::uint32_t>(ops_.back().size())});
     slot_stride_ = std::max(slot_stride_, align_up(placement.unit(layer).bytes(), kSlotAlignment));
   }
-  resolve();
-  copy_table_ = DeviceMemory(table_.size() * sizeof(DeviceCopy));
+  const std::vector<DeviceCopy> table = resolve();
+  copy_table_ = DeviceMemory(table.size() * sizeof(DeviceCopy));
   unit_table_ = DeviceMemory(units.size() * sizeof(DeviceUnit));
-  SIDP_CUDA_CHECK(cudaMemcpy(copy_table_.as<void>(), table_.data(), table_.size() * sizeof(DeviceCopy), cudaMemcpyHostToDevice));
+  SIDP_CUDA_CHECK(cudaMemcpy(copy_table_.as<void>(), table.data(), table.size() * sizeof(DeviceCopy), cudaMemcpyHostToDevice));
   SIDP_CUDA_CHECK(cudaMemcpy(unit_table_.as<void>(), units.data(), units.size() * sizeof(DeviceUnit), cudaMemcpyHostToDevice));
 }
 
-// The copies of every unit by address: sliced for the copy engine, and as one table for the repairing kernel.
-void CudaRing::resolve() {
-  table_.clear();
+// The copies of every unit by address: sliced for the copy engine, and returned as one table for the repairing kernel.
+std::vector<DeviceCopy> CudaRing::resolve() {
+  std::vector<DeviceCopy> table;
   copies_.clear();
   remote_bytes_.clear();
   for (const std::vector<CopyOp>& ops : ops_) {
@@ -59,13 +59,14 @@ void CudaRing::resolve() {
       const std::uint8_t* source = spilled ? options_.host_sources.at(op.owner) + (op.source - options_.cuts[op.owner])
                                            : sources_.at(op.owner) + op.source;
       const DeviceCopy copy{source, op.target, op.width, op.height, op.source_pitch, op.target_pitch};
-      table_.push_back(copy);
+      table.push_back(copy);
       add_slices(slices, copy, options_.slice_bytes);
       if (op.owner != schedule_.rank() || options_.own_is_remote || spilled) remote += op.bytes();
     }
     copies_.push_back(std::move(slices));
     remote_bytes_.push_back(remote);
   }
+  return table;
 }
 
 void CudaRing::move_extents(int from, const std::vector<MovedExtent>& moved) {
@@ -76,21 +77,17 @@ void CudaRing::move_extents(int from, const std::vector<MovedExtent>& moved) {
                  " would be read from area ", move.to, " of ", sources_.size());
   const DeviceGuard guard(options_.device);
   move_copies(schedule_, ops_, from, moved);
-  resolve();
+  const std::vector<DeviceCopy> table = resolve();
   // In place, for graphs that exist: a kernel that reads the table meanwhile finds the old address or the new one, whole, and
-  // the same weights at both.
+  // the same weights at both. The call has read `table`, which is pageable, when it returns.
   const RelaxedCapture relaxed;
-  SIDP_CUDA_CHECK(cudaMemcpyAsync(copy_table_.as<void>(), table_.data(), table_.size() * sizeof(DeviceCopy),
+  SIDP_CUDA_CHECK(cudaMemcpyAsync(copy_table_.as<void>(), table.data(), table.size() * sizeof(DeviceCopy),
                                   cudaMemcpyHostToDevice, copy_stream_.get()));
 }
 
 std::vector<int> CudaRing::owners(int layer) const {
   std::lock_guard<std::mutex> lock(mutex_);
-  std::vector<int> found;
-  const int index = schedule_.remote_index(layer);
-  if (index >= 0)
-    for (const CopyOp& op : ops_[index]) found.push_back(op.owner);
-  return found;
+  return owners_of(schedule_, ops_, layer);
 }
 
 }  // namespace sidp::cache

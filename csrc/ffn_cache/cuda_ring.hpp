@@ -92,7 +92,7 @@ class CudaRing {
   void check_open() const;
   void check_usable() const;
   void lay_out(const Placement& placement);
-  void resolve();
+  std::vector<DeviceCopy> resolve();
   void issue(cudaStream_t stream);
   void enqueue(const Fetch& fetch);
   void enqueue_copy(int index, int slot);
@@ -116,8 +116,7 @@ class CudaRing {
   CudaRingOptions options_;
   const std::atomic<int>* dead_rank_;
   std::vector<const std::uint8_t*> sources_;
-  std::vector<std::vector<CopyOp>> ops_;         // by remote index; what the next three say by address
-  std::vector<DeviceCopy> table_;                // of all units, as copy_table_ has it
+  std::vector<std::vector<CopyOp>> ops_;         // by remote index; what the next two say by address
   std::vector<std::vector<DeviceCopy>> copies_;  // by remote index, cut into slices
   std::vector<std::uint64_t> remote_bytes_;      // by remote index
   std::uint64_t slot_stride_ = 0;

@@ -22,4 +22,12 @@ void move_copies(const FetchSchedule& schedule, std::vector<std::vector<CopyOp>>
       SIDP_REQUIRE(op.owner != from, LayoutError, "layer ", schedule.layer(index), " is still read from rank ", from);
 }
 
+std::vector<int> owners_of(const FetchSchedule& schedule, const std::vector<std::vector<CopyOp>>& copies, int layer) {
+  std::vector<int> found;
+  const int index = schedule.remote_index(layer);
+  if (index >= 0)
+    for (const CopyOp& op : copies[index]) found.push_back(op.owner);
+  return found;
+}
+
 }  // namespace sidp::cache

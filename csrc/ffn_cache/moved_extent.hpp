@@ -22,4 +22,7 @@ struct MovedExtent {
 void move_copies(const FetchSchedule& schedule, std::vector<std::vector<CopyOp>>& copies, int from,
                  const std::vector<MovedExtent>& moved);
 
+// The areas that the copies of `layer` read; none for a layer that is local.
+std::vector<int> owners_of(const FetchSchedule& schedule, const std::vector<std::vector<CopyOp>>& copies, int layer);
+
 }  // namespace sidp::cache

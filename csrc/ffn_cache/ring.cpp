@@ -95,11 +95,7 @@ void Ring::move_extents(int from, const std::vector<MovedExtent>& moved) {
 
 std::vector<int> Ring::owners(int layer) const {
   const std::lock_guard<std::mutex> lock(copies_mutex_);
-  std::vector<int> found;
-  const int index = schedule_.remote_index(layer);
-  if (index >= 0)
-    for (const CopyOp& op : copies_[index]) found.push_back(op.owner);
-  return found;
+  return owners_of(schedule_, copies_, layer);
 }
 
 void Ring::check_open() const {

@@ -183,14 +183,9 @@ class SpillTransport(CudaTransport):
         rest = [nbytes - cut for nbytes, cut in zip(extent_bytes, cuts, strict=True)]
         super().__init__(control, cuts, device, handles=handles, host_bytes=rest)
         self._cuts = cuts
-        self._host_sources: list[int] = []
 
     def extents(self) -> SplitMemory:
         return SplitMemory(super().extents(), ShmTransport.extents(self))
-
-    def connect(self) -> None:
-        super().connect()
-        self._host_sources = self._pin_host_parts()
 
     def ring_arguments(self) -> dict:
         return {**super().ring_arguments(), "cuts": self._cuts, "host_sources": self._host_sources}
@@ -211,7 +206,6 @@ class BackedTransport(CudaTransport):
         handles: str = "vmm",
     ):
         super().__init__(control, extent_bytes, device, handles=handles, host_bytes=backup_bytes)
-        self._backup_sources: list[int] = []
 
     def backups(self) -> torch.Tensor:
         return ShmTransport.extents(self)
@@ -219,13 +213,9 @@ class BackedTransport(CudaTransport):
     def backup_area(self, rank: int) -> int:
         return self._control.world_size + rank
 
-    def connect(self) -> None:
-        super().connect()
-        self._backup_sources = self._pin_host_parts()
-
     def ring_arguments(self) -> dict:
         arguments = super().ring_arguments()
-        return {**arguments, "sources": arguments["sources"] + self._backup_sources}
+        return {**arguments, "sources": arguments["sources"] + self._host_sources}
 
 
 class PeerAccessRefused(Exception):

@@ -26,10 +26,14 @@ class GpuTransport(ShmTransport):
         self.region_bytes = 0
         self._device = device
         self._pins: list = []
+        self._host_sources: list[
+            int
+        ] = []  # by rank, once connected: its part in host memory as this device addresses it
 
     def connect(self) -> None:
         torch.cuda.synchronize(self._device)  # what was loaded has arrived before anyone is told
         super().connect()
+        self._host_sources = self._pin_host_parts()
 
     def source(self, rank: int) -> int:
         """Address of that rank's extents as this device reads them."""
@@ -95,16 +99,8 @@ class HostTransport(GpuTransport):
 
     own_is_remote = True
 
-    def __init__(self, control: ControlPlane, extent_bytes: list[int], device: torch.device):
-        super().__init__(control, extent_bytes, device)
-        self._sources: list[int] = []
-
-    def connect(self) -> None:
-        super().connect()
-        self._sources = self._pin_host_parts()
-
     def source(self, rank: int) -> int:
-        return self._sources[rank]
+        return self._host_sources[rank]
 
 
 def _ring_settings() -> dict:
