@@ -1,6 +1,6 @@
 """A pool over N ranks, one GPU each (or all on one, under MPS): WaS, CaS and the choice between them, by real layers' shapes.
 
-    CUDA_MODULE_LOADING=EAGER python bench/group_gpu.py --ranks 2 [--parts was cas auto] [--shape qwen3-32b] [--json FILE]
+    python bench/group_gpu.py --ranks 2 [--parts was cas auto] [--shape qwen3-32b] [--json FILE]
 
 Times are medians by CUDA events over iterations of all layers, milliseconds, of the slowest rank; all ranks run at once.
   was   iteration by layer and striped placement, in a graph and eager, over rows; floors: `compute` (the same FFNs on local
@@ -8,6 +8,7 @@ Times are medians by CUDA events over iterations of all layers, milliseconds, of
         ratio = iteration / max(compute, link). Every layer's result is compared bit by bit first.
   cas   a remote layer asked for, over rows, against the local FFN by cuBLAS and against fetching the layer first (`gather`)
   auto  the rows from which WaS is expected to win, and from which it does
+  incast  one owner read by several ranks, peak shifting on and off (bench/group_incast.py)
   tail  one rank has one row, the others nothing (the paper's ladder): gather in lockstep, CaS asked in lockstep with dummies, CaS
         as built
 """
@@ -23,6 +24,7 @@ import time
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from group_incast import incast
 from was_gpu import timed
 
 from sidp import FFNSpec, PoolConfig, WeightPool, ffn_forward
@@ -284,7 +286,7 @@ def rank_main(rank: int, args, port: int) -> None:
             if group.spent():
                 group.report(part=part, skipped="the budget is used up")
                 continue
-            getattr(group, part)()
+            incast(group) if part == "incast" else getattr(group, part)()
     if rank == 0 and args.json:
         facts = {"device": torch.cuda.get_device_name(), "devices": torch.cuda.device_count(), "arguments": vars(args)}
         with open(args.json, "w") as file:
@@ -296,7 +298,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument(
-        "--parts", nargs="+", default=["was", "cas", "auto", "tail"], choices=["was", "cas", "auto", "tail"]
+        "--parts", nargs="+", default=["was", "cas", "auto", "tail"], choices=["was", "cas", "auto", "tail", "incast"]
     )
     parser.add_argument("--placements", nargs="+", default=["layer", "striped"])
     parser.add_argument("--shape", default="qwen3-32b", choices=SHAPES)

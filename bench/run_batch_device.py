@@ -24,13 +24,12 @@ sys.stdin.readline()
 """
 
 
-def measure_context(ranks: int, eager: bool) -> tuple[int, int]:
+def measure_context(ranks: int) -> tuple[int, int]:
     """(bytes that one of `ranks` processes on a GPU takes before it holds anything, the GPU's).
 
     Processes are started one after another, all alive at the end, whose memory is divided by their number.
     """
     started, used, total = [], 0, 0
-    loading = {"CUDA_MODULE_LOADING": "EAGER"} if eager else {}
     try:
         for _ in range(ranks):
             process = subprocess.Popen(
@@ -38,7 +37,6 @@ def measure_context(ranks: int, eager: bool) -> tuple[int, int]:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
-                env={**os.environ, **loading},
             )
             started.append(process)
             used, total = map(int, process.stdout.readline().split())

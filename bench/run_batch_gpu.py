@@ -40,7 +40,7 @@ class Bench:
         self.args, self.scratch = args, scratch
         self.end = time.monotonic() + args.budget_s
         self.answers: dict[str, dict[str, str]] = {}
-        self.device: dict[tuple[int, bool], tuple[int, int]] = {}
+        self.device: dict[int, tuple[int, int]] = {}
 
     def run(self, row: Row) -> dict:
         """The row as plain values: figures, or `status` with the reason why there are none."""
@@ -138,8 +138,7 @@ class Bench:
         from sidp.planner.gpus import GPU
         from sidp.planner.models import load_model
 
-        eager = self.args.devices > 1 and row.pooled and "was" not in row.options  # as run-batch does for CaS
-        context, memory = self._device(row.ranks_per_gpu, eager)
+        context, memory = self._device(row.ranks_per_gpu)
         deployment = Deployment(
             model=load_model(str(self._model(row, folder))),
             gpu=GPU("measured", memory, 3e12, 6e14, 3.75e11, "this device"),
@@ -159,11 +158,11 @@ class Bench:
         if plan.node_kv_tokens:
             result["measured_to_predicted"] = round(result["kv_tokens"] / plan.node_kv_tokens, 4)
 
-    def _device(self, ranks: int, eager: bool) -> tuple[int, int]:
+    def _device(self, ranks: int) -> tuple[int, int]:
         """Measured here: (bytes that one of `ranks` processes on a GPU takes before it holds anything, the GPU's)."""
-        if (ranks, eager) not in self.device:
-            self.device[ranks, eager] = measure_context(ranks, eager)
-        return self.device[ranks, eager]
+        if ranks not in self.device:
+            self.device[ranks] = measure_context(ranks)
+        return self.device[ranks]
 
 
 class RowFailed(Exception):

@@ -70,6 +70,8 @@ def host_tier() -> list[Row]:
 def two_gpus() -> list[Row]:
     """One rank on each GPU, over the link between them."""
     large = Row("32B x2 1K replicated", "32B x2 1K", "Qwen3-32B", 2, False, 96, 768, 256, 75)
+    # The same room for the cache as 80 GB cards have, on cards of 141 GB.
+    tight = Row("32B x2 1K at 0.55 replicated", "32B x2 1K at 0.55", "Qwen3-32B", 2, False, 304, 768, 256, 110, 0.55)
     capped = Row("14B x2 1K at 0.6 replicated", "14B x2 1K at 0.6", "Qwen3-14B", 2, False, 256, 768, 256, 50, 0.6)
     return [
         large,
@@ -78,6 +80,9 @@ def two_gpus() -> list[Row]:
         replace(
             _pooled(large, 55, "was"), name="32B x2 1K striped was", options=("--mode", "was", "--placement", "striped")
         ),
+        tight,
+        _pooled(tight, 80, "was"),
+        _pooled(tight, 80, "auto"),
         capped,
         _pooled(capped, 45, "was"),
         _pooled(capped, 45, "auto"),

@@ -12,13 +12,15 @@ variant_flags() {
   local few="-DSIDP_CAS_FAST -DSIDP_CAS_LDMATRIX=16"
   case $1 in
     base) ;;
-    wide) echo $few -DSIDP_CAS_ROLLED=64 -DSIDP_CAS_WIDE=16 ;;
+    fast) echo -DSIDP_CAS_FAST -DSIDP_CAS_ROLLED=64 ;;
+    lean) echo -DSIDP_CAS_FAST -DSIDP_CAS_ROLLED=64 -DSIDP_CAS_HALVES=2 ;;
+    lean1) echo -DSIDP_CAS_FAST -DSIDP_CAS_ROLLED=64 -DSIDP_CAS_HALVES=1 ;;
     both) echo $few -DSIDP_CAS_ROLLED=64 -DSIDP_CAS_HALVES=2 -DSIDP_CAS_WIDE=16 ;;
     trace_both) echo $few -DSIDP_CAS_ROLLED=64 -DSIDP_CAS_HALVES=2 -DSIDP_CAS_WIDE=16 -DSIDP_CAS_TRACE ;;
   esac
 }
-builds="base wide both"
-traced="trace_both"
+builds="base fast lean lean1"
+traced=""
 step() {  # step SECONDS NAME COMMAND...: the tail is shown, all of it is kept
   local limit=$1 name=$2 start=$SECONDS; shift 2
   timeout -k 5 "$limit" "$@" > "$out/$name.log" 2>&1 || echo "== $name: exit status $?"
@@ -57,18 +59,18 @@ if [[ $parts == *measure* ]]; then
     fi
   done
   echo "== self tests right:$right"
-  step 90 compare python3 "$here/cas_compare.py" $(pairs $right) --sms 32,40,48 --rows 1,16,32,64,128 --out "$out/compare.json"
+  step 90 compare python3 "$here/cas_compare.py" $(pairs $right) --sms 32,40,48,56,64 --rows 1,16,32,64,128 --out "$out/compare.json"
   for name in $traced; do
     step 25 "$name" python3 "$here/cas_compare.py" $(pairs $name) --trace --sms 40,48 --rows 1,16,64,128 --out "$out/$name.json"
   done
   step 15 read "$built/cas_read" short
   step 25 tiny python3 "$here/cas_compare.py" $(pairs $right) --shapes tiny --skip-small --sms 32 --rows 1,8,64
-  step 40 owner python3 "$here/cas_kernel.py" "$built/both.so" --owner-cost --sms 40 --out "$out/owner.json"
+  step 40 owner python3 "$here/cas_kernel.py" "$built/lean.so" --owner-cost --sms 40 --out "$out/owner.json"
 fi
 if [[ $parts == *more* ]]; then
   right=${right:-$builds}
   step 30 float16 python3 "$here/cas_compare.py" $(pairs $right) --dtype float16 --skip-small --sms 40 --rows 1,16,64
-  lines=12 step 40 selftest "$built/selftest_both" basic striped relaunch faults free graph
+  lines=12 step 40 selftest "$built/selftest_lean" basic striped relaunch faults free graph
 fi
 if [[ $parts == *profile* ]]; then
   ncu --query-metrics > "$built/metrics.txt" 2>/dev/null

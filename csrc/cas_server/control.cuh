@@ -69,7 +69,9 @@ struct Control {
   u32 polls;
   bool reads;  // this lane has a requester, not retired, not broken
   bool stop;
-  bool waits;   // this rank has requests of its own under way
+  bool waits;   // this rank has requests of its own under way, and this launch does not give way
+  u64 arrived;       // of this rank's announced requests
+  u64 arrived_ns;    // when that last changed, or nothing was to come
   bool worked;  // in this launch
 };
 
@@ -78,7 +80,7 @@ __device__ inline Control begin_control(const ServerArguments& args) {
   Control control = {};
   control.served = args.state->served[lane];
   control.tail = control.served;
-  control.started_ns = control.active_ns = now_ns();
+  control.started_ns = control.active_ns = control.arrived_ns = __shfl_sync(kAllLanes, now_ns(), 0);
   control.turn = args.state->turn;
   control.reads = lane < args.geometry.world && args.peer_region[lane] != nullptr &&
                   (args.state->broken >> lane & 1) == 0;
@@ -221,7 +223,11 @@ __device__ inline void look_around(const ServerArguments& args, Control& control
   const volatile ServerHostWords* host = args.host;
   control.stop = host->stop != 0;
   if (host->retired >> (threadIdx.x % 32) & 1) control.reads = false;
-  control.waits = own_rank_waits(args);
+  const OwnRequests own = own_requests(args);
+  const u64 now = __shfl_sync(kAllLanes, now_ns(), 0);
+  if (!own.coming || own.arrived != control.arrived) control.arrived_ns = now;
+  control.arrived = own.arrived;
+  control.waits = own.open || (own.coming && !gives_way(args, control.arrived_ns, now));
 }
 
 // The next batch in `batch`; false once this launch is to end. A launch that finds nothing at its start and whose own rank does

@@ -274,6 +274,19 @@ void CudaServer::launch_elsewhere() {
   }
 }
 
+void CudaServer::relieve() {
+  auto* host = host_memory_.as<ServerHostWords>();
+  const std::uint64_t wanted = __atomic_load_n(&host->relief_wanted, __ATOMIC_ACQUIRE);
+  if (wanted == host->relief_given) return;
+  const std::lock_guard<std::mutex> lock(launching_);
+  for (std::size_t s = 0; s < streams_.size(); ++s) {
+    if (__atomic_load_n(&host->begun[s], __ATOMIC_ACQUIRE) != wanted || streams_[s].launch != wanted) continue;
+    stream_ = s;
+    launch();
+  }
+  __atomic_store_n(&host->relief_given, wanted, __ATOMIC_RELEASE);
+}
+
 void CudaServer::ensure_serving() {
   if (running()) return;
   const std::lock_guard<std::mutex> lock(launching_);
@@ -313,6 +326,7 @@ void CudaServer::serve_until_stopped() {
         config_.now_and_then();
         looked_at_peers = now;
       }
+      relieve();
       const bool serves = running(), wants = !serves && wanted();
       if (serves || wants) wanted_at = now;
       if (!serves) {

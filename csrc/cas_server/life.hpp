@@ -17,6 +17,13 @@
 //   H3 neither: launch
 // So a rank that waits for others has a server of its own all that time, without the launching thread, which may be kept from
 // launching by whoever holds the driver's locks meanwhile.
+//
+// A request that is announced may never be pushed while the server runs: CUDA, when it loads a kernel, can have all that is
+// enqueued later wait for all that runs. Therefore:
+//   R1 a server that waits for announced requests alone, and sees none arrive for the bound of a launch, asks for relief
+//   R2 the launching thread launches once more, in the same stream, where the launch begins when the server has ended, and says so
+//   R3 then the server ends unless there is work or a pushed request (L4-L6); so it does without relief, after long, if the
+//      launching thread cannot launch: better that everybody depends on it than that nobody gets on
 #pragma once
 
 #include "mailbox.hpp"

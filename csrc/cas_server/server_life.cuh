@@ -22,24 +22,39 @@ __device__ inline void fail(const ServerArguments& args, ServerFault fault, u32 
 
 __device__ inline bool reached(u32 counter, u32 target) { return static_cast<int>(counter - target) >= 0; }
 
-// Whether this rank has requests of its own under way: announced by the host and not pushed yet, or pushed and not answered.
-// By a whole warp, lane o standing for owner o.
-__device__ inline bool own_rank_waits(const ServerArguments& args) {
-  if (args.asks == nullptr) return false;
+// This rank's own requests. By a whole warp, lane o standing for owner o.
+struct OwnRequests {
+  bool open;    // some are pushed and not answered
+  bool coming;  // some are announced by the host and not pushed yet
+  u64 arrived;  // of those announced
+};
+
+__device__ inline OwnRequests own_requests(const ServerArguments& args) {
+  if (args.asks == nullptr) return {};
   const volatile RequesterHostWords* host = args.asks_host;
-  if (host->abort != 0) return false;  // nobody waits any more
+  if (host->abort != 0) return {};  // nobody waits any more
   const u32 lane = threadIdx.x % 32;
   const u64 wished = host->announced;
-  u64 announced = 0;
+  u64 arrived = 0;
   bool open = false;
   if (lane < args.geometry.world) {
     const RequesterState& state = args.asks[lane];
-    announced = load_acquire_gpu(&state.announced);
+    arrived = load_acquire_gpu(&state.announced);
     const u64 consumed = load_acquire_gpu(&state.consumed);
     open = *const_cast<const volatile u64*>(&state.pushed) != consumed;
   }
-  for (int distance = 16; distance > 0; distance /= 2) announced += __shfl_xor_sync(kAllLanes, announced, distance);
-  return __any_sync(kAllLanes, open || announced != wished);
+  for (int distance = 16; distance > 0; distance /= 2) arrived += __shfl_xor_sync(kAllLanes, arrived, distance);
+  return {__any_sync(kAllLanes, open) != 0, __any_sync(kAllLanes, arrived != wished) != 0, arrived};
+}
+
+constexpr u32 kUnrelieved = 50;  // times run_ns, after which a server gives way without relief (R3)
+
+// R1, R3: whether a server whose own rank's requests are announced and do not come, none since `since_ns`, gives way. By a warp.
+__device__ inline bool gives_way(const ServerArguments& args, u64 since_ns, u64 now) {
+  if (now - since_ns <= args.run_ns) return false;
+  volatile ServerHostWords* host = args.host;
+  if (threadIdx.x % 32 == 0) host->relief_wanted = args.launch;
+  return __any_sync(kAllLanes, host->relief_given == args.launch) || now - since_ns > kUnrelieved * args.run_ns;
 }
 
 // What life.hpp asks for. L1-L3 are done by one thread, L4 and L5 by the control warp, of which lane 0 writes.

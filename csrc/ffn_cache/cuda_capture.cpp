@@ -133,12 +133,12 @@ void CudaCapture::add_fetch(const Fetch& fetch) {
   if (content_[fetch.slot] == fetch.index) return;
   std::vector<cudaGraphNode_t> after = readers_[fetch.slot];
   if (!contains(after, last_)) after.push_back(last_);
-  for (const DeviceCopy& copy : ring_.copies_[fetch.index]) {
-    last_ = add_copy(copy, fetch.slot, after);
-    after.assign(1, last_);
-  }
+  const UnitCopies& unit = ring_.copies_[fetch.index];
+  std::vector<cudaGraphNode_t> ends;
+  for (const std::vector<DeviceCopy>* copies : {&unit.remote, &unit.own})
+    if (!copies->empty()) ends.push_back(add_copies(*copies, fetch.slot, after));
   cudaGraphNode_t arrived = nullptr;
-  SIDP_CUDA_CHECK(cudaGraphAddMemcpyNode1D(&arrived, graph_, &last_, 1, ring_.content_word(fetch.slot),
+  SIDP_CUDA_CHECK(cudaGraphAddMemcpyNode1D(&arrived, graph_, ends.data(), ends.size(), ring_.content_word(fetch.slot),
                                            ring_.index_word(fetch.index), sizeof(std::int32_t), cudaMemcpyHostToDevice));
   last_ = arrived;
   ready_[fetch.slot] = arrived;
@@ -155,6 +155,12 @@ void CudaCapture::count(int index, cudaGraphNode_t arrived) {
   post.bytes = ring_.remote_bytes_[index];
   const cudaGraphNode_t after[] = {arrived, counted_};
   counted_ = add_post_node(graph_, after, counted_ == nullptr ? 1 : 2, post);
+}
+
+// One after the other; the last of them.
+cudaGraphNode_t CudaCapture::add_copies(const std::vector<DeviceCopy>& copies, int slot, std::vector<cudaGraphNode_t> after) {
+  for (const DeviceCopy& copy : copies) after.assign(1, add_copy(copy, slot, after));
+  return after.front();
 }
 
 cudaGraphNode_t CudaCapture::add_copy(const DeviceCopy& copy, int slot, const std::vector<cudaGraphNode_t>& after) {

@@ -51,7 +51,7 @@ std::vector<DeviceCopy> CudaRing::resolve() {
   copies_.clear();
   remote_bytes_.clear();
   for (const std::vector<CopyOp>& ops : ops_) {
-    std::vector<DeviceCopy> slices;
+    UnitCopies slices;
     std::uint64_t remote = 0;
     for (const CopyOp& op : ops) {
       // No extent lies on both sides of its owner's cut.
@@ -60,8 +60,9 @@ std::vector<DeviceCopy> CudaRing::resolve() {
                                            : sources_.at(op.owner) + op.source;
       const DeviceCopy copy{source, op.target, op.width, op.height, op.source_pitch, op.target_pitch};
       table.push_back(copy);
-      add_slices(slices, copy, options_.slice_bytes);
-      if (op.owner != schedule_.rank() || options_.own_is_remote || spilled) remote += op.bytes();
+      const bool own = op.owner == schedule_.rank() && !options_.own_is_remote && !spilled;
+      add_slices(own ? slices.own : slices.remote, copy, options_.slice_bytes);
+      if (!own) remote += op.bytes();
     }
     copies_.push_back(std::move(slices));
     remote_bytes_.push_back(remote);

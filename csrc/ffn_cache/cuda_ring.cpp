@@ -18,6 +18,16 @@ bool is_capturing(cudaStream_t stream) {
   return status == cudaStreamCaptureStatusActive;
 }
 
+void copy_to(std::uint8_t* slot, const std::vector<DeviceCopy>& copies, cudaStream_t stream) {
+  for (const DeviceCopy& copy : copies) {
+    if (copy.height == 1)
+      SIDP_CUDA_CHECK(cudaMemcpyAsync(slot + copy.target, copy.source, copy.width, cudaMemcpyDefault, stream));
+    else
+      SIDP_CUDA_CHECK(cudaMemcpy2DAsync(slot + copy.target, copy.target_pitch, copy.source, copy.source_pitch, copy.width,
+                                        copy.height, cudaMemcpyDefault, stream));
+  }
+}
+
 }  // namespace
 
 CudaRing::CudaRing(const Placement& placement, int rank, const std::vector<const std::uint8_t*>& sources,
@@ -155,13 +165,15 @@ void CudaRing::enqueue_copy(int index, int slot) {
   std::uint8_t* target = slot_address(slot);
   const cudaStream_t stream = copy_stream_.get();
   if (options_.poison) SIDP_CUDA_CHECK(cudaMemsetAsync(target, 0xff, slot_stride_, stream));
-  for (const DeviceCopy& copy : copies_[index]) {
-    if (copy.height == 1)
-      SIDP_CUDA_CHECK(cudaMemcpyAsync(target + copy.target, copy.source, copy.width, cudaMemcpyDefault, stream));
-    else
-      SIDP_CUDA_CHECK(cudaMemcpy2DAsync(target + copy.target, copy.target_pitch, copy.source, copy.source_pitch, copy.width,
-                                        copy.height, cudaMemcpyDefault, stream));
+  const UnitCopies& unit = copies_[index];
+  if (!unit.own.empty()) {
+    begun_.record(stream);
+    SIDP_CUDA_CHECK(cudaStreamWaitEvent(own_stream_.get(), begun_.get(), 0));
+    copy_to(target, unit.own, own_stream_.get());
+    own_done_.record(own_stream_.get());
   }
+  copy_to(target, unit.remote, stream);
+  if (!unit.own.empty()) SIDP_CUDA_CHECK(cudaStreamWaitEvent(stream, own_done_.get(), 0));
 }
 
 // WAR: the fetch comes after the slot's last reader.

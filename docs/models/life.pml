@@ -5,6 +5,11 @@
  * The partner is the worst one: it answers this rank's request only after its own has been answered here. So this rank must
  * serve while it waits itself, although nobody can launch then.
  *
+ * The device may raise a barrier between two things that are enqueued, as it does when a kernel is loaded: what comes later, the
+ * announced request and launches of the server, begins when all that came before has ended. Then the server must give way
+ * (R1-R3). While a barrier stands the engine's thread is not inside the driver: both at once end by a bound of time (R3),
+ * which has no place here.
+ *
  * Holds: at most one launch serves; every request is answered, however often the server ends between and whichever launch is
  * late (no invalid end state).
  */
@@ -17,17 +22,29 @@
 #define FREE 0
 #define SERVING 1
 #define LEAVING 2
-#define OUTSTANDING (announced != consumed)
+#define OPEN (pushed != consumed)
+#define COMING (announced != pushed)
+#ifndef MUTATE_NO_WAY_GIVEN
+#define OUTSTANDING (OPEN || (COMING && !relieved[_pid]))
+#else
+#define OUTSTANDING (OPEN || COMING)
+#endif
+#define NEXT(n) ((n) % 3 + 1)
 
 byte tail, served;                   /* the partner's requests here: pushed (the bells say the same), answered */
 byte announced, pushed, consumed;    /* this rank's own: by the host, by its stream, answered */
 byte life;
 bool running, stop;                  /* words in host memory */
 byte queued[STREAMS];                /* the launch in each stream that has not begun; 0: none */
+bool busy[STREAMS];                  /* a launch runs there */
 byte newest = 1;                     /* launches are numbered 1, 2, 3, 1, ...; not pending: it has begun to look at `life` */
 bool pending;
+bool wants[STREAMS];                 /* R1: the launch there asks for relief */
+bool relieved[STREAMS];              /* R2: it has it */
+bool barrier;
+byte before[STREAMS];                /* launches there that the barrier waits for */
 bool driver;                         /* the lock: the engine's thread is inside */
-byte servers, threads = 2;
+byte servers, threads = 2, goal = ROUNDS;  /* rounds of the engine; a barrier comes in the last one */
 
 inline begun() { atomic { if :: number == newest -> pending = false :: else fi } }
 
@@ -36,7 +53,8 @@ active [STREAMS] proctype stream() {
   byte number;
 end:
   do
-  :: atomic { queued[_pid] != 0 -> number = queued[_pid]; queued[_pid] = 0 }
+  :: atomic { queued[_pid] != 0 && (!barrier || before[_pid] > 0) ->
+       number = queued[_pid]; queued[_pid] = 0; busy[_pid] = true }
 #ifndef MUTATE_BEGUN_AFTER_THE_LOOK
      begun();
 #endif
@@ -55,6 +73,7 @@ end:
      running = true;
      do
      :: atomic { tail > served -> served++ }
+     :: atomic { COMING && !OPEN && !wants[_pid] && barrier -> wants[_pid] = true }
      :: stop || (tail == served && !OUTSTANDING) ->    /* ends, if that still holds when all can see that it ends */
         life = LEAVING;
 #ifndef MUTATE_RUNNING_TO_THE_END
@@ -72,26 +91,44 @@ end:
      atomic { servers--; life = FREE }
      running = false;
 gone:
-     skip
+     atomic { number = 0; busy[_pid] = false; wants[_pid] = false; relieved[_pid] = false; if :: before[_pid] > 0 -> before[_pid]-- :: else fi }
   od
 }
 
 inline launch() {
   atomic {
     if
-    :: queued[0] == 0 -> newest = newest % 3 + 1; queued[0] = newest; pending = true
-    :: queued[1] == 0 -> newest = newest % 3 + 1; queued[1] = newest; pending = true
+    :: queued[0] == 0 -> newest = NEXT(newest); queued[0] = newest; pending = true
+    :: queued[1] == 0 -> newest = NEXT(newest); queued[1] = newest; pending = true
     :: else              /* every stream has a launch that has not begun */
     fi
+  }
+}
+
+/* R2: behind the launch that asks, unless one is there already. */
+inline relieve(s) {
+  atomic {
+    wants[s] && !relieved[s] && !driver ->
+#ifndef MUTATE_RELIEF_NOT_LAUNCHED
+    if
+    :: queued[s] == 0 -> newest = NEXT(newest); queued[s] = newest; pending = true
+    :: else
+    fi;
+#endif
+    relieved[s] = true
   }
 }
 
 active proctype engine() {
   byte round;
   do
-  :: round == ROUNDS -> break
+  :: round == goal -> break
   :: else ->
      round++;
+     if
+     :: atomic { busy[0] + busy[1] > 0 -> barrier = true; goal = round; before[0] = busy[0] + (queued[0] != 0); before[1] = busy[1] + (queued[1] != 0) }
+     :: true
+     fi;
 #ifndef MUTATE_NOT_ANNOUNCED
      announced++;
 #endif
@@ -99,7 +136,7 @@ active proctype engine() {
      :: running
      :: !running -> if :: pending :: atomic { !pending -> launch() } fi
      fi;
-     atomic { driver = true; pushed++ }    /* nobody launches until the answer is there */
+     atomic { !barrier || before[0] + before[1] == 0 -> barrier = false; driver = true; pushed++ }    /* nobody launches until the answer is there */
      (consumed == round);
      driver = false
   od;
@@ -120,7 +157,7 @@ active proctype partner() {
      fi
   od;
   do
-  :: consumed == ROUNDS -> break
+  :: consumed == goal -> break
   :: pushed > consumed -> consumed++
   od;
   threads--
@@ -130,8 +167,10 @@ active proctype launcher() {
   bool late;
   do
   :: threads == 0 -> break
+  :: relieve(0)
+  :: relieve(1)
   :: atomic { !driver && tail > served && !running && !pending -> launch() }
-  :: atomic { !driver && pending && !late -> late = true; launch() }  /* took too long: once more, elsewhere */
+  :: atomic { !driver && pending && !running && !late -> late = true; launch() }  /* took too long: once more, elsewhere */
   od;
   stop = true
 }

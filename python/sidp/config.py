@@ -152,7 +152,7 @@ class PoolConfig:
     """How a pool behaves. Every field can come from the environment as SIDP_<FIELD>; an explicit argument wins.
 
     Args:
-        mode: "auto" (the policy picks; on GPUs it takes WaS; with SIDP_AUTO_CAS=1 and CUDA_MODULE_LOADING=EAGER it may take CaS), "was" (fetch weights), "cas" (send activations), "local" (keep everything here).
+        mode: "auto" (the policy picks), "was" (fetch weights), "cas" (send activations), "local" (keep everything here).
         placement: "layer" (a layer has one owner) or "striped" (every owner holds 1/D of every layer).
         slots: ring slots a rank fetches into; None picks the fewest that hide the fetches.
         resident_layers: layers, spread evenly, that every rank keeps whole.

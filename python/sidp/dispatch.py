@@ -2,63 +2,24 @@
 
 from __future__ import annotations
 
-import logging
-import os
 from collections.abc import Sequence
 
 import torch
 
 from . import cas, policy
 from .config import PoolConfig, Unit
-from .errors import ConfigError
-
-logger = logging.getLogger(__name__)
 
 
 def wants_cas(config: PoolConfig, units: Sequence[Unit], world_size: int, cuda: bool) -> bool:
     """Whether a rank with this config asks for CaS. ConfigError where it does and no layer can be served."""
     if config.mode == "cas":
         cas.geometry(units, max(1, world_size), config.placement == "striped", cuda)
-        if cuda:
-            _check_placement(config)
-        if cuda and loads_lazily():
-            logger.warning(
-                "sidp: mode='cas' with lazily loaded kernels: the first use of a kernel may wait for the timeout; start the ranks "
-                "with CUDA_MODULE_LOADING=EAGER"
-            )
         return True
     if config.mode != "auto":
         return False
     if cuda:
-        return (
-            _auto_on_gpus()
-            and not (config.host_tier or config.redundancy)
-            and not loads_lazily()
-            and any(cas.reachable(units, cuda=True))
-        )
+        return not (config.host_tier or config.redundancy) and any(cas.reachable(units, cuda=True))
     return policy.auto_may_use_cas(units)
-
-
-def _auto_on_gpus() -> bool:
-    """CaS on GPUs is by wish only as long as its open faults stand (docs/protocol_cas.md)."""
-    return os.environ.get("SIDP_AUTO_CAS", "0") == "1"
-
-
-def _check_placement(config: PoolConfig) -> None:
-    if config.placement == "striped" and os.environ.get("SIDP_CAS_STRIPED", "0") != "1":
-        raise ConfigError(
-            "mode='cas' with placement='striped' is not offered on GPUs by this version (a rank that asks its own server can "
-            "wait for the timeout): use placement='layer', or mode='was'"
-        )
-
-
-def loads_lazily() -> bool:
-    """Whether CUDA loads a kernel at its first use.
-
-    Loading waits for the kernels that run, holding the driver's lock, while what runs may wait for a server that needs that lock to be
-    launched: with CaS the first use of a kernel can then stand still until the timeout.
-    """
-    return os.environ.get("CUDA_MODULE_LOADING", "LAZY").upper() != "EAGER"
 
 
 class Dispatch:

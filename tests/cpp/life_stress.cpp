@@ -1,6 +1,7 @@
 // The life of the CUDA servers (life.hpp) with threads in the place of the device: ranks that ask each other and themselves, launches
 // that come late and twice, and launching threads that are locked out until every rank has its answer: then a rank without a
-// server is a deadlock. Every request must be answered, in order and once, and never may two launches of one rank serve;
+// server is a deadlock. Now and then a barrier stands between what was launched and what comes later, the engine's request among it, as
+// when CUDA loads a kernel: then the server must give way. Every request must be answered, in order and once, and never may two launches of one rank serve;
 // ThreadSanitizer sees to the latter too, since what they share is plain memory.
 //
 //   life_stress [requests of each rank]
@@ -24,6 +25,8 @@ namespace {
 
 constexpr int kRanks = 3, kStreams = 3;
 constexpr std::chrono::seconds kTimeout(20);
+constexpr std::uint64_t kNoBarrier = ~std::uint64_t(0);
+constexpr int kPatience = 20;  // looks at announced requests that do not come
 
 std::mt19937& noise() {
   thread_local std::mt19937 random(std::random_device{}());
@@ -51,8 +54,9 @@ struct Rank {
   // Host words.
   std::atomic<bool> running{false}, stop{false};
   std::array<std::atomic<std::uint64_t>, kRanks> served_by_the_host{};
-  std::atomic<std::uint64_t> announced{0}, consumed{0};
-  std::array<std::atomic<std::uint64_t>, kStreams> begun{}, queued{};
+  std::atomic<std::uint64_t> announced{0}, pushed{0}, consumed{0}, relief_wanted{0}, relief_given{0};
+  std::array<std::atomic<std::uint64_t>, kStreams> begun{}, queued{}, finished{};
+  std::atomic<std::uint64_t> barrier{kNoBarrier};  // later launches than this one do not begin
   // Under `launching`.
   std::mutex launching, driver;
   std::array<std::uint64_t, kStreams> newest{};
@@ -107,7 +111,18 @@ void run_launch(int own, int stream, std::uint64_t launch) {
   if (!takes_over(access)) return;
   if (++rank.servers != 1) fail("two launches serve", own);
   ++rank.launches_that_served;
-  auto waits = [&] { return rank.announced != rank.consumed; };
+  int looks = 0;
+  auto waits = [&] {
+    const bool coming = rank.announced != rank.pushed;  // first: what arrives meanwhile is seen as pushed
+    const std::uint64_t consumed = rank.consumed;
+    if (rank.pushed != consumed) return true;
+    if (!coming) {
+      looks = 0;
+      return false;
+    }
+    if (++looks > kPatience) rank.relief_wanted = launch;
+    return rank.relief_given != launch;
+  };
   while (true) {
     now_and_then_sleep();
     if (serve_once(own)) continue;
@@ -126,10 +141,10 @@ void stream_thread(int own, int stream) {
   Rank& rank = ranks[own];
   for (std::uint64_t done = 0; !(rank.stop && rank.queued[stream] == done); std::this_thread::yield()) {
     const std::uint64_t launch = rank.queued[stream];
-    if (launch == done) continue;
+    if (launch == done || launch > rank.barrier) continue;
     now_and_then_sleep();
     run_launch(own, stream, launch);
-    done = launch;
+    rank.finished[stream] = done = launch;
   }
 }
 
@@ -149,6 +164,31 @@ void ensure_serving(Rank& rank) {
   if (!rank.running && !pending(rank)) launch(rank);
 }
 
+void relieve(Rank& rank) {
+  const std::uint64_t wanted = rank.relief_wanted;
+  if (wanted == rank.relief_given) return;
+  const std::lock_guard<std::mutex> lock(rank.launching);
+  for (int s = 0; s < kStreams; ++s) {
+    if (rank.begun[s] != wanted || rank.newest[s] != wanted) continue;
+    rank.stream = s;
+    launch(rank);
+  }
+  rank.relief_given = wanted;
+}
+
+// What is enqueued behind it begins when all launches so far have ended.
+std::array<std::uint64_t, kStreams> raise_barrier(Rank& rank) {
+  const std::lock_guard<std::mutex> lock(rank.launching);
+  rank.barrier = rank.launches;
+  return rank.newest;
+}
+
+bool all_reached(const std::array<std::atomic<std::uint64_t>, kStreams>& finished, const std::array<std::uint64_t, kStreams>& goal) {
+  for (int s = 0; s < kStreams; ++s)
+    if (finished[s] < goal[s]) return false;
+  return true;
+}
+
 void launching_thread(int own) {
   Rank& rank = ranks[own];
   auto wanted = [&] {
@@ -159,6 +199,7 @@ void launching_thread(int own) {
   while (!rank.stop) {
     now_and_then_sleep();
     std::this_thread::yield();
+    relieve(rank);
     if (rank.running) continue;
     const std::lock_guard<std::mutex> lock(rank.launching);
     if (!pending(rank)) {
@@ -178,10 +219,17 @@ void engine_thread(int own, std::uint64_t requests) {
   for (std::uint64_t i = 0; i < requests; ++i) {
     now_and_then_sleep();
     const int owner = static_cast<int>(noise()() % kRanks);
+    const bool fenced = noise()() % 8 == 0;
+    std::array<std::uint64_t, kStreams> before{};
+    if (fenced) before = raise_barrier(rank);
     ++rank.announced;
     ensure_serving(rank);
+    for (const auto raised = Clock::now(); fenced && !all_reached(rank.finished, before); std::this_thread::yield())
+      if (Clock::now() - raised > kTimeout) fail("the server never gave way", own);
+    rank.barrier = kNoBarrier;
     const std::lock_guard<std::mutex> inside(rank.driver);  // until all have their answers
     now_and_then_sleep();
+    ++rank.pushed;
     ranks[owner].tail[own] = ++sent[owner];
     ranks[owner].bell[own] = sent[owner];
     const auto start = Clock::now();

@@ -3,7 +3,7 @@
 # sidp). Each part ends within the time named here; exit status 0 when all hold.
 #   single     (150 s) WaS in one process, the profiler's look at the hot path, a killed rank; no MPS
 #   processes  (240 s) WaS in 2 and 4 processes, by cudaIpc and by VMM handles, families; under an MPS of its own
-#   cas        (180 s) CaS through WeightPool in several processes; under an MPS of its own
+#   cas        (240 s) CaS through WeightPool in several processes; under an MPS of its own
 #   survival   (240 s) groups that outlive a killed rank; no MPS
 #   sanitize   (240 s) memcheck, synccheck, initcheck and racecheck on a small run of the ring
 #   bench      (300 s) bench/was_gpu.py: overlap, slices, host cost
@@ -53,7 +53,7 @@ for part in "${parts[@]}"; do
   case $part in
     single) pytest 150 -k "not ($several)" "$test" ;;
     processes) with_mps pytest 220 -k "$several" "$test" ;;
-    cas) with_mps pytest 160 "$here/test_cas_cuda.py" ;;
+    cas) with_mps pytest 230 "$here/test_cas_cuda.py" ;;
     survival) pytest 230 "$here/test_survival_cuda.py" ;;
     sanitize) sanitize ;;
     bench) run 290 python3 "$here/../../bench/was_gpu.py" > >(tee "$logs/was_gpu.jsonl") ;;

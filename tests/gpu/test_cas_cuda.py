@@ -23,19 +23,12 @@ pytestmark = [
 LAYERS, HIDDEN, INNER = 8, 256, 704
 
 
-@pytest.fixture(autouse=True)
-def eager_loading(monkeypatch):
-    """In the ranks; docs/protocol_cas.md tells why, and what is open in striped."""
-    monkeypatch.setenv("CUDA_MODULE_LOADING", "EAGER")
-    monkeypatch.setenv("SIDP_AUTO_CAS", "1")
-    monkeypatch.setenv("SIDP_CAS_STRIPED", "1")
-
-
 WIDE = FFNSpec(HIDDEN, INNER)
 
 
-def weights_of(spec: FFNSpec, layers: int = LAYERS) -> list[dict[str, torch.Tensor]]:
-    """The same on every rank."""
+def weights_of(ctx, spec: FFNSpec, layers: int = LAYERS) -> list[dict[str, torch.Tensor]]:
+    """The same on every rank, on the GPU that is the rank's from here on."""
+    torch.cuda.set_device(ctx.rank % torch.cuda.device_count())
     generator = torch.Generator("cuda").manual_seed(5)
     return [
         {
@@ -49,8 +42,7 @@ def weights_of(spec: FFNSpec, layers: int = LAYERS) -> list[dict[str, torch.Tens
     ]
 
 
-def open_pool(ctx, spec, weights, **config) -> WeightPool:
-    torch.cuda.set_device(ctx.rank % torch.cuda.device_count())
+def open_pool(spec, weights, **config) -> WeightPool:
     config = {"timeout_s": 30, "device": "cuda", "force_fetch": True, "slots": 2} | config
     pool = WeightPool([spec] * len(weights), config=PoolConfig(**config))
     for layer, unit in enumerate(weights):
@@ -74,9 +66,8 @@ def errors(y: torch.Tensor, x: torch.Tensor, unit: dict[str, torch.Tensor], spec
 
 def every_layer(ctx, spec, placement, rounds, config) -> list[str]:
     """What was wrong: a layer's result that is further from float64 than the unpooled one."""
-    torch.cuda.set_device(ctx.rank % torch.cuda.device_count())
-    weights, wrong = weights_of(spec), []
-    with open_pool(ctx, spec, weights, placement=placement, **config) as pool:
+    weights, wrong = weights_of(ctx, spec), []
+    with open_pool(spec, weights, placement=placement, **config) as pool:
         for seed in range(rounds):
             rows = (1, 7, 33, 128, 300, 3)[seed % 6]
             for layer in range(LAYERS):
@@ -122,8 +113,8 @@ def test_cas_processes_beside_ranks_in_was(placement):
 
 
 def auto_body(ctx):
-    weights = weights_of(WIDE)
-    with open_pool(ctx, WIDE, weights, mode="auto") as pool:
+    weights = weights_of(ctx, WIDE)
+    with open_pool(WIDE, weights, mode="auto") as pool:
         chooser, bad = pool._dispatch.chooser, 0
         for seed in range(120):
             x = rows_of(1 if seed < 60 else 2048, seed)
@@ -141,8 +132,8 @@ def test_cas_processes_with_the_policy_choosing():
 
 
 def graph_body(ctx, placement):
-    weights = weights_of(WIDE)
-    with open_pool(ctx, WIDE, weights, mode="cas", placement=placement) as pool:
+    weights = weights_of(ctx, WIDE)
+    with open_pool(WIDE, weights, mode="cas", placement=placement) as pool:
         x, eager = rows_of(3, ctx.rank), rows_of(9, 7)
 
         def forward():
@@ -178,8 +169,8 @@ def test_cas_processes_replay_a_thousand_times_beside_a_changing_partner(placeme
 
 
 def early_body(ctx):
-    weights = weights_of(WIDE)
-    pool = open_pool(ctx, WIDE, weights, mode="cas")
+    weights = weights_of(ctx, WIDE)
+    pool = open_pool(WIDE, weights, mode="cas")
     bad = 0
     if ctx.rank:  # rank 0 has nothing to do: it serves from within close()
         time.sleep(0.5)
@@ -197,8 +188,8 @@ def test_cas_processes_are_served_by_a_rank_that_has_finished():
 
 def free_body(ctx):
     """Worst milliseconds that releasing memory takes beside a server: idle, then busy."""
-    weights = weights_of(WIDE)
-    with open_pool(ctx, WIDE, weights, mode="cas") as pool:
+    weights = weights_of(ctx, WIDE)
+    with open_pool(WIDE, weights, mode="cas") as pool:
         worst = []
         for busy in (False, True):
             slowest = 0.0
@@ -227,8 +218,8 @@ def test_cas_processes_hold_up_nobody_who_frees_memory():
 
 
 def compiled_body(ctx):
-    weights = weights_of(WIDE)
-    with open_pool(ctx, WIDE, weights, mode="cas") as pool:
+    weights = weights_of(ctx, WIDE)
+    with open_pool(WIDE, weights, mode="cas") as pool:
         compiled = torch.compile(
             lambda x: ffn_forward(x, pool, 0) + ffn_forward(x, pool, 1), fullgraph=True, backend="aot_eager"
         )
@@ -276,8 +267,8 @@ def test_cas_processes_of_hugging_face(monkeypatch, family):
 
 
 def killed_body(ctx):
-    weights = weights_of(WIDE)
-    pool = open_pool(ctx, WIDE, weights, mode="cas", timeout_s=5)
+    weights = weights_of(ctx, WIDE)
+    pool = open_pool(WIDE, weights, mode="cas", timeout_s=5)
     ffn_forward(rows_of(2, 0), pool, 1)
     torch.cuda.synchronize()
     ctx.say("ready")

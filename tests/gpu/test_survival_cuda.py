@@ -27,7 +27,7 @@ LAYERS, WORLD = 9, 3
 
 def goes_on_body(ctx, victim, settings):
     """Forwards, eager and by a graph in turns, until some have been done after the loss; all of them checked."""
-    torch.cuda.set_device(0)
+    torch.cuda.set_device(ctx.rank % torch.cuda.device_count())
     spec = FFNSpec(HIDDEN, INNER)
     weights = weights_of(spec, layers=LAYERS)
     with pool_of(spec, weights, slots=2, redundancy=1, **settings) as pool:

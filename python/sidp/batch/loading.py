@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -38,7 +37,6 @@ def load(job, rank: int) -> Loaded:
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    _load_kernels_for_cas(job)
     device = choose_device(job.backend, rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -51,17 +49,6 @@ def load(job, rank: int) -> Loaded:
             pool.__exit__(type(error), error, None)
         raise
     return Loaded(model, pool, codec, lambda board: _engine(job, board, model, codec))
-
-
-def _load_kernels_for_cas(job) -> None:
-    """With several GPUs: CUDA reads this when it starts, and CaS wants kernels loaded eagerly.
-
-    They take some memory, so that ranks which share one GPU, and read in place, do without.
-    """
-    modes = ("cas", "auto") if os.environ.get("SIDP_AUTO_CAS") == "1" else ("cas",)
-    asks = job.pooled and job.pool_config.get("mode", "auto") in modes and not job.pool_config.get("host_tier")
-    if asks and job.backend != "cpu" and torch.cuda.device_count() > 1:
-        os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
 
 
 def choose_device(backend: str, rank: int) -> torch.device:

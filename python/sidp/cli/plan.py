@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 
 from ..errors import ConfigError
 from .checks import need, plot_target, positive
@@ -140,9 +139,6 @@ def _crossover(args: argparse.Namespace) -> int:
     from ..planner.measured import ROWS, measure, print_crossover
 
     on_gpu = C.with_cuda and torch.cuda.is_available()
-    if on_gpu:  # the ranks inherit both: there "auto" considers CaS by wish only, and with lazy loading it may time out
-        os.environ.setdefault("SIDP_AUTO_CAS", "1")
-        os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
     link = args.link_gbps if args.link_gbps is not None or on_gpu else 0.5
     if link is not None and not 0 < link < 1e6:
         raise ConfigError(f"--link-gbps must be a positive number, got {link}")
