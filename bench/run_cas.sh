@@ -1,5 +1,5 @@
 #!/bin/bash
-# Builds the variants of the CaS kernel and measures them: run_cas.sh OUT_FOLDER [build|measure|profile|more]...
+# Builds the CaS kernel, and variants of it where there are any, and measures them: run_cas.sh OUT_FOLDER [build|measure|profile|more]...
 # About 60 s to build on 16 cores, 90 s to measure, 40 s to profile, 40 s for more.
 here=$(cd "$(dirname "$0")" && pwd) root=$(cd "$(dirname "$0")/.." && pwd)
 out=$1; shift; mkdir -p "$out" "$root/build/cas"; out=$(cd "$out" && pwd) built=$root/build/cas
@@ -8,19 +8,15 @@ export PYTHONPATH=$here
 flags="-O3 -std=c++17 -gencode=arch=compute_90a,code=sm_90a -Xcompiler -fPIC -I$root/csrc"
 sources="csrc/cas_server/cuda_requester.cpp csrc/cas_server/cuda_requester.cu csrc/cas_server/cuda_server.cpp
   csrc/cas_server/serve_kernels.cu csrc/cas_server/tensor_maps.cpp"
+# A change to try against what stands: a name here with the -D that the sources ask for, and the name in `builds`.
 variant_flags() {
-  local few="-DSIDP_CAS_FAST -DSIDP_CAS_LDMATRIX=16"
   case $1 in
     base) ;;
-    fast) echo -DSIDP_CAS_FAST -DSIDP_CAS_ROLLED=64 ;;
-    lean) echo -DSIDP_CAS_FAST -DSIDP_CAS_ROLLED=64 -DSIDP_CAS_HALVES=2 ;;
-    lean1) echo -DSIDP_CAS_FAST -DSIDP_CAS_ROLLED=64 -DSIDP_CAS_HALVES=1 ;;
-    both) echo $few -DSIDP_CAS_ROLLED=64 -DSIDP_CAS_HALVES=2 -DSIDP_CAS_WIDE=16 ;;
-    trace_both) echo $few -DSIDP_CAS_ROLLED=64 -DSIDP_CAS_HALVES=2 -DSIDP_CAS_WIDE=16 -DSIDP_CAS_TRACE ;;
+    trace) echo -DSIDP_CAS_TRACE ;;
   esac
 }
-builds="base fast lean lean1"
-traced=""
+builds="base"
+traced="trace"
 step() {  # step SECONDS NAME COMMAND...: the tail is shown, all of it is kept
   local limit=$1 name=$2 start=$SECONDS; shift 2
   timeout -k 5 "$limit" "$@" > "$out/$name.log" 2>&1 || echo "== $name: exit status $?"
@@ -65,12 +61,12 @@ if [[ $parts == *measure* ]]; then
   done
   step 15 read "$built/cas_read" short
   step 25 tiny python3 "$here/cas_compare.py" $(pairs $right) --shapes tiny --skip-small --sms 32 --rows 1,8,64
-  step 40 owner python3 "$here/cas_kernel.py" "$built/lean.so" --owner-cost --sms 40 --out "$out/owner.json"
+  step 40 owner python3 "$here/cas_kernel.py" "$built/base.so" --owner-cost --sms 40 --out "$out/owner.json"
 fi
 if [[ $parts == *more* ]]; then
   right=${right:-$builds}
   step 30 float16 python3 "$here/cas_compare.py" $(pairs $right) --dtype float16 --skip-small --sms 40 --rows 1,16,64
-  lines=12 step 40 selftest "$built/selftest_lean" basic striped relaunch faults free graph
+  lines=12 step 40 selftest "$built/selftest_base" basic striped relaunch faults free graph
 fi
 if [[ $parts == *profile* ]]; then
   ncu --query-metrics > "$built/metrics.txt" 2>/dev/null
@@ -80,7 +76,7 @@ if [[ $parts == *profile* ]]; then
     sm__pipe_tensor_cycles_active l1tex__lsuin_requests idc__requests sm__icc_requests gcc__requests"
   metrics=
   for metric in $wanted; do grep -q "^$metric " "$built/metrics.txt" && metrics+=,$metric.sum,$metric.sum.per_second; done
-  for name in base wide; do
+  for name in base; do
     lines=60 step 40 "ncu_$name" ncu --clock-control none -k regex:serve_sm90 -c 1 --section SpeedOfLight \
       --section WarpStateStats --metrics "${metrics#,}" \
       python3 "$here/cas_compare.py" $(pairs $name) --staged --sms 32 --rows 1

@@ -16,19 +16,10 @@ __device__ inline void release_reply(const ServerArguments& args, u32 requester,
   if (region == nullptr) return;
   auto* reply = reinterpret_cast<ReplyRecord*>(
       region + args.geometry.reply(args.rank, slot_of(sequence, args.geometry.slots)));
-#if defined(SIDP_CAS_FAST)
   reply->batch_rows = batch_rows;
   reply->batch_requests = batch_requests;
   reply->service_ns = service_ns;
   store_pair_release_sys(&reply->sequence, Pair{sequence, static_cast<u32>(status) | u64(rows) << 32});
-#else
-  reply->status = static_cast<u32>(status);
-  reply->rows = rows;
-  reply->batch_rows = batch_rows;
-  reply->batch_requests = batch_requests;
-  reply->service_ns = service_ns;
-  store_release_sys(&reply->sequence, sequence);
-#endif
 }
 
 // One warp, once all result rows of the batch have been written and fenced: answers every request, opens the buffers of
@@ -70,7 +61,7 @@ struct Control {
   bool reads;  // this lane has a requester, not retired, not broken
   bool stop;
   bool waits;   // this rank has requests of its own under way, and this launch does not give way
-  u64 arrived;       // of this rank's announced requests
+  u32 arrived;       // of this rank's announced requests, modulo 2^32
   u64 arrived_ns;    // when that last changed, or nothing was to come
   bool worked;  // in this launch
 };
@@ -198,9 +189,7 @@ __device__ inline bool elect(const ServerArguments& args, Control& control, Batc
       waiting = head_request(args, control, layer, rows);
     }
   }
-#if defined(SIDP_CAS_FAST)
   if (lane == 0) publish_headline(args, Headline{id, BatchKind::kWork, unit, total});
-#endif
   if (lane == 0) {
     batch->id = id;
     batch->kind = BatchKind::kWork;
@@ -225,8 +214,8 @@ __device__ inline void look_around(const ServerArguments& args, Control& control
   if (host->retired >> (threadIdx.x % 32) & 1) control.reads = false;
   const OwnRequests own = own_requests(args);
   const u64 now = __shfl_sync(kAllLanes, now_ns(), 0);
-  if (!own.coming || own.arrived != control.arrived) control.arrived_ns = now;
-  control.arrived = own.arrived;
+  if (!own.coming || static_cast<u32>(own.arrived) != control.arrived) control.arrived_ns = now;
+  control.arrived = static_cast<u32>(own.arrived);
   control.waits = own.open || (own.coming && !gives_way(args, control.arrived_ns, now));
 }
 

@@ -59,7 +59,6 @@ __device__ void hand_over(const RequesterArguments& args, const RowsArgument& ro
   store_release_sys(args.bell[owner], sequence);
 }
 
-#if defined(SIDP_CAS_FAST)
 // Rows of `row_bytes` between matrices of different pitch, by all CTAs of blockIdx.x. The first loads from `source()` are on
 // their way while `allowed()` (which meets the whole CTA) waits for leave to write; only then is `target()` asked for. False
 // where leave was refused. The caller's matrix is `user`; the mailbox's rows lie on 128 bytes.
@@ -178,116 +177,6 @@ __device__ Expected wait_reply(const RequesterArguments& args, u32 owner, u32 ro
   return Expected{owner, sequence, reply, fault, status};
 }
 
-#else
-// Rows of `row_bytes` between matrices of different pitch, by all CTAs of blockIdx.x. The first loads are on their way
-// while `allowed()` (which meets the whole CTA) waits for leave to write; false where it was refused.
-template <typename Allowed>
-__device__ bool copy_rows(std::uint8_t* target, u64 target_pitch, const std::uint8_t* source, u64 source_pitch, u32 rows,
-                          u32 row_bytes, Allowed allowed) {
-  const u32 first = blockIdx.x * kCopyThreads + threadIdx.x, threads = gridDim.x * kCopyThreads;
-  if (!aligned16(target, target_pitch, row_bytes) || !aligned16(source, source_pitch, row_bytes)) {
-    if (!allowed()) return false;
-    const u32 units = row_bytes / 2;
-    for (u32 i = first; i < rows * units; i += threads) {
-      const u32 row = i / units, unit = i - row * units;
-      const volatile u16* from = reinterpret_cast<const volatile u16*>(source + row * source_pitch);
-      reinterpret_cast<u16*>(target + row * target_pitch)[unit] = from[unit];
-    }
-    return true;
-  }
-  const u32 units = row_bytes / 16, all = rows * units;
-  uint4 held[kCopyUnitsPerThread];
-  auto load = [&](u32 from) {
-#pragma unroll
-    for (u32 k = 0; k < kCopyUnitsPerThread; ++k) {
-      const u32 i = from + k * threads, row = i / units;
-      if (i < all) held[k] = __ldcg(reinterpret_cast<const uint4*>(source + row * source_pitch) + (i - row * units));
-    }
-  };
-  load(first);
-  if (!allowed()) return false;
-  for (u32 from = first; from < all; from += kCopyUnitsPerThread * threads) {
-    if (from != first) load(from);
-#pragma unroll
-    for (u32 k = 0; k < kCopyUnitsPerThread; ++k) {
-      const u32 i = from + k * threads, row = i / units;
-      if (i < all) reinterpret_cast<uint4*>(target + row * target_pitch)[i - row * units] = held[k];
-    }
-  }
-  return true;
-}
-
-// blockIdx.y: one owner each.
-__global__ void __launch_bounds__(kCopyThreads) push_rows(const __grid_constant__ RequesterArguments args,
-                                                          const __grid_constant__ RowsArgument rows, u16 flags) {
-  follow_predecessor();
-  let_successor_in();
-  const u32 owner = rows.first_owner + blockIdx.y;
-  RequesterState& state = args.states[owner];
-  std::uint8_t* region = args.owner_region[owner];
-  const u64 sequence = *const_cast<const volatile u64*>(&state.pushed) + 1;
-  const u32 slots = args.geometry.slots, slot = slot_of(sequence, slots);
-  auto slot_free = [&] {  // R1
-    bool free = true;
-    if (threadIdx.x == 0) {
-      const Fault fault =
-          wait_bounded(args, [&] { return slot_is_free(sequence, load_acquire_sys(&state.consumed), slots); });
-      free = fault == Fault::kNone;
-      if (!free) report(args, fault, 0, owner, sequence);
-    }
-    return __syncthreads_and(free) != 0;
-  };
-  if (!copy_rows(region + args.geometry.request_rows(args.rank, slot), args.geometry.row_bytes,
-                 static_cast<const std::uint8_t*>(rows.rows), rows.pitch_bytes, rows.count, args.hidden * 2,
-                 slot_free))  // R2
-    return;
-  __syncthreads();
-  if (threadIdx.x != 0) return;
-  if (gridDim.x > 1) {
-    __threadfence_system();
-    if (add_acq_rel_gpu(&state.push_arrivals, 1) != gridDim.x - 1) return;
-    state.push_arrivals = 0;
-  }
-  auto* record = reinterpret_cast<RequestRecord*>(region + args.geometry.request(args.rank, slot));  // R3
-  record->sequence = sequence;
-  record->pool_id = args.pool_id;
-  record->layer = rows.layer;
-  record->rows = rows.count;
-  record->hidden = args.hidden;
-  record->dtype = static_cast<u16>(args.dtype);
-  record->flags = flags;
-  hand_over(args, rows, owner, sequence);
-}
-
-// What one thread waits for: the reply of one owner.
-struct Expected {
-  u32 owner;
-  u64 sequence;
-  const ReplyRecord* reply;
-  Fault fault;
-};
-
-// R5. The rows may be read afterwards; whether the reply fits is asked apart, so that the rows are already on their way.
-__device__ Expected wait_reply(const RequesterArguments& args, u32 owner) {
-  const u64 sequence = *const_cast<const volatile u64*>(&args.states[owner].consumed) + 1;
-  const auto* reply = reinterpret_cast<const ReplyRecord*>(
-      args.region + args.geometry.reply(owner, slot_of(sequence, args.geometry.slots)));
-  const Fault fault = wait_bounded(args, [&] { return load_acquire_sys(&reply->sequence) >= sequence; });
-  return Expected{owner, sequence, reply, fault};
-}
-
-__device__ bool reply_fits(const RequesterArguments& args, const Expected& expected, u32 rows) {
-  const volatile ReplyRecord* reply = expected.reply;
-  const u64 sequence = reply->sequence;
-  const u32 status = reply->status, answered = reply->rows;
-  Fault fault = expected.fault;
-  if (fault == Fault::kNone && sequence != expected.sequence) fault = Fault::kSequence;
-  if (fault == Fault::kNone && status != static_cast<u32>(Status::kOk)) fault = Fault::kRefused;
-  if (fault == Fault::kNone && answered != rows) fault = Fault::kSequence;
-  if (fault != Fault::kNone) report(args, fault, status, expected.owner, expected.sequence);
-  return fault == Fault::kNone;
-}
-#endif
 
 template <typename T>
 __device__ void sum_rows(const RequesterArguments& args, const RowsArgument& rows, const std::uint8_t* const* replies) {
@@ -314,7 +203,6 @@ __global__ void __launch_bounds__(kCopyThreads) wait_rows(const __grid_constant_
                                                           const __grid_constant__ RowsArgument rows, bool striped) {
   __shared__ const std::uint8_t* replies[kMaxWorld];
   follow_predecessor();
-#if defined(SIDP_CAS_FAST)
   Expected expected = {};
   const bool waits = threadIdx.x < rows.owners;
   if (waits) {
@@ -333,35 +221,7 @@ __global__ void __launch_bounds__(kCopyThreads) wait_rows(const __grid_constant_
     copy_rows(
         rows, rows.pitch_bytes, args.geometry.reply_row_bytes, args.hidden * 2, [&] { return replies[0]; },
         [] { return true; }, [&] { return static_cast<std::uint8_t*>(rows.rows); });
-#else
-  Expected expected = {};
-  const bool waits = threadIdx.x < rows.owners;
-  if (waits) {
-    expected = wait_reply(args, rows.first_owner + threadIdx.x);
-    replies[threadIdx.x] = args.region + args.geometry.reply_rows(
-                                             expected.owner, slot_of(expected.sequence, args.geometry.slots));
-  }
-  if (!__syncthreads_and(expected.fault == Fault::kNone)) {
-    if (waits && expected.fault != Fault::kNone) report(args, expected.fault, 0, expected.owner, expected.sequence);
-    fill_with_nan(args, rows);
-    return;
-  }
-  let_successor_in();
-  auto all_fit = [&] { return __syncthreads_and(!waits || reply_fits(args, expected, rows.count)) != 0; };
-  if (!striped) {  // R6
-    if (!copy_rows(static_cast<std::uint8_t*>(rows.rows), rows.pitch_bytes, replies[0], args.geometry.reply_row_bytes,
-                   rows.count, args.hidden * 2, all_fit)) {
-      fill_with_nan(args, rows);
-      return;
-    }
-#endif
   } else {
-#if !defined(SIDP_CAS_FAST)
-    if (!all_fit()) {
-      fill_with_nan(args, rows);
-      return;
-    }
-#endif
     if (args.dtype == Dtype::kFloat16)
       sum_rows<__half>(args, rows, replies);
     else
@@ -381,22 +241,14 @@ __global__ void __launch_bounds__(kCopyThreads) wait_rows(const __grid_constant_
   head.counters.service_ns += reply->service_ns;
   for (u32 i = 0; i < rows.owners; ++i) {  // R7
     u64* consumed = &args.states[rows.first_owner + i].consumed;
-#if defined(SIDP_CAS_FAST)
     // Relaxed is enough: all rows have been read, since what was read has been written on before the barrier above.
     *const_cast<volatile u64*>(consumed) = *const_cast<volatile u64*>(consumed) + 1;
-#else
-    store_release_gpu(consumed, *const_cast<volatile u64*>(consumed) + 1);
-#endif
   }
 }
 
 // Small CTAs as long as there are few of them: one that has 64 KB to move takes 1.2 us for it.
 u32 copy_threads(u64 bytes) {
-#if defined(SIDP_CAS_FAST)
   return bytes <= u64(kMaxCopyCtas) * 256 * kCopyUnitsPerThread * 16 ? 256 : kCopyThreads;
-#else
-  return kCopyThreads;
-#endif
 }
 
 u32 copy_ctas(u64 bytes) {

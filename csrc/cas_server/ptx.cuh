@@ -158,9 +158,6 @@ __device__ inline bool barrier_try_wait(u64* barrier, u32 parity) {
 
 // Between generic accesses (ours or, after an acquire, a peer's) and those of the bulk copy engine or wgmma.
 __device__ inline void fence_async_proxy() { asm volatile("fence.proxy.async;" ::: "memory"); }
-// The same for this CTA's shared memory alone, where reads have to be over before the bulk copy engine writes there again: arriving
-// at a barrier does not wait for them.
-__device__ inline void fence_async_proxy_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 __device__ inline void prefetch_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");

@@ -16,7 +16,7 @@ namespace cas {
 __device__ inline void init_shared(SharedState& shared) {
   if (threadIdx.x == 0) {
     for (u32 i = 0; i < kMaxStages * kParts; ++i) {
-      barrier_init(&shared.full[i], kParts == 1 ? kLoaders : i % 2 == 0 ? 2 : 1);
+      barrier_init(&shared.full[i], i % kParts == 0 ? 2 : 1);
       barrier_init(&shared.empty[i], kMultipliers * 4);
     }
     for (u32 i = 0; i < 2; ++i) {

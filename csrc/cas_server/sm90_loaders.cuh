@@ -43,11 +43,7 @@ __device__ inline void load_weights(const ServerArguments& args, SharedState& sh
   RingPosition position;
   u32 width = 0;
   for (u32 id = first;; ++id) {
-#if defined(SIDP_CAS_FAST)
     const Headline batch = wait_headline(args, id);
-#else
-    const Batch& batch = wait_batch(args, shared, id, first).batch;
-#endif
     if (batch.kind == BatchKind::kExit) break;
     const UnitRecord& unit = args.units[batch.layer];
     const u32 new_width = width_of(width_index(batch.rows));
@@ -57,24 +53,18 @@ __device__ inline void load_weights(const ServerArguments& args, SharedState& sh
       const CUtensorMap* map = &unit.weights[phase];
       prefetch_map(map);
       const bool pair = phase == 0 && unit.gate_weights != nullptr;  // the boxes are of two matrices
-      const bool wide = phase == 1 && wide_down(width);             // they lie side by side
-      const u32 tile_rows = pair || wide ? kBoxRows : kTileRows;
-      const u32 first_row = pair || wide ? 0 : box * kBoxRows;
-      const u32 first_column = wide ? box * kBoxColumns : 0, columns = wide ? 2 * kBoxColumns : kBoxColumns;
-      const Phase shape = phase_of(unit, phase, width);
+      const u32 tile_rows = pair ? kBoxRows : kTileRows;
+      const u32 first_row = pair ? 0 : box * kBoxRows;
+      const Phase shape = phase_of(unit, phase);
       for_each_stage(args, shared, position, stages_of(width), shape, box, [&](u32 stage, u32 tile, u32 depth) {
         u64* full = &shared.full[part_of(stage, box)];
         barrier_arrive_expect(full, kBoxBytes);
         copy_box(map, full, ring + stage * kWeightBytes + box * kBoxBytes,
-                 depth * columns + first_column, tile * tile_rows + first_row,
-                 pair ? box : 0, kEvictFirst);
+                 depth * kBoxColumns, tile * tile_rows + first_row, pair ? box : 0, kEvictFirst);
         if (phase == 0 && box == 0 && tile * shape.depth + depth == share_begin(shape, blockIdx.x)) trace(Mark::kIssued);
       });
     }
     if (box == 0) barrier_arrive(&shared.issued);
-#if !defined(SIDP_CAS_FAST)
-    barrier_arrive(&shared.batch_empty[id % 2]);
-#endif
   }
 }
 
@@ -110,13 +100,10 @@ __device__ inline void load_activations(const ServerArguments& args, SharedState
           fail(args, ServerFault::kGather, progress.gathered);
       }
       fence_async_proxy();
-      const u32 boxes = phase == 1 && wide_down(width) ? 2 : 1;
-      for_each_stage(args, shared, position, stages, phase_of(unit, phase, width), 1, [&](u32 stage, u32, u32 depth) {
+      for_each_stage(args, shared, position, stages, phase_of(unit, phase), 1, [&](u32 stage, u32, u32 depth) {
         u64* full = &shared.full[part_of(stage, 0)];
-        barrier_arrive_expect(full, boxes * box_bytes);
-        for (u32 i = 0; i < boxes; ++i)
-          copy_box(map, full, targets + stage * activation_bytes(width) + i * box_bytes,
-                   (depth * boxes + i) * kBoxColumns, row, kEvictLast);
+        barrier_arrive_expect(full, box_bytes);
+        copy_box(map, full, targets + stage * box_bytes, depth * kBoxColumns, row, kEvictLast);
       });
     }
     barrier_arrive(&shared.batch_empty[parity]);

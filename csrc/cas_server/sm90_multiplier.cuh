@@ -17,10 +17,9 @@ __device__ __forceinline__ void serve_batch(const ServerArguments& args, SharedS
     me.width = N;
     me.position.stage = 0;
   }
-  constexpr bool kWide = wide_down(N);
   Accumulators<N> sums;
   for (u32 phase = 0; phase < 2; ++phase) {
-    const Phase shape = phase_of(unit, phase, N);
+    const Phase shape = phase_of(unit, phase);
     const u32 end = share_begin(shape, blockIdx.x + 1);
     u32 at = share_begin(shape, blockIdx.x);
     while (at < end) {
@@ -36,17 +35,7 @@ __device__ __forceinline__ void serve_batch(const ServerArguments& args, SharedS
       }
       __syncwarp();
 #endif
-#if defined(SIDP_CAS_LDMATRIX)
-      if constexpr (N > SIDP_CAS_LDMATRIX) {
-        multiply<T, N>(args, shared, me, stages, sums);
-      } else if (kWide && phase == 1) {
-        multiply_registers<T, N, kWide>(args, shared, me, stages, sums);
-      } else {
-        multiply_registers<T, N, false>(args, shared, me, stages, sums);
-      }
-#else
       multiply<T, N>(args, shared, me, stages, sums);
-#endif
       at += stages;
       if (me.group == 0 && me.thread == 0 && at == end) trace(phase == 0 ? Mark::kGateUp : Mark::kDown);
       if (depth != 0) {
@@ -54,19 +43,17 @@ __device__ __forceinline__ void serve_batch(const ServerArguments& args, SharedS
         continue;
       }
       if (stages < shape.depth) add_partials<N>(args, me, id, phase, shape, tile, sums);
-#if defined(SIDP_CAS_ROLLED)
-      if constexpr (N >= SIDP_CAS_ROLLED) {
+      if constexpr (N >= kRolledWidth) {
         if (phase == 0)
           write_inner_rolled<T, N>(args, me, here.batch, unit, tile, sums);
         else
           write_results_rolled<T, N>(args, me, here, unit, tile, sums);
         continue;
       }
-#endif
       if (phase == 0)
         write_inner<T, N>(args, me, here.batch, unit, tile, sums);
       else
-        write_results<T, N, kWide>(me, here, unit, tile, sums);
+        write_results<T, N>(me, here, unit, tile, sums);
     }
     if (phase == 0) {  // this warpgroup's part of the intermediate is written; the bulk copy engine reads it next
       fence_async_proxy();
@@ -80,14 +67,8 @@ __device__ __forceinline__ void serve_batch(const ServerArguments& args, SharedS
   if (me.thread < 32) {
     u32 before = 0;
     if (me.lane == 0) {
-#if defined(SIDP_CAS_FAST)
       fence_sys();  // the whole warpgroup's results: fences are cumulative
       before = add_acquire_gpu(&args.state->progress[id % 2].finished, 1);
-#else
-      __threadfence_system();  // the whole warpgroup's results: fences are cumulative
-      before = atomicAdd(&args.state->progress[id % 2].finished, 1);
-      __threadfence();
-#endif
     }
     if (me.group == 0 && me.lane == 0) {
       trace(Mark::kFinished);

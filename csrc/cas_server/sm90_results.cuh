@@ -86,7 +86,8 @@ __device__ __forceinline__ void write_pairs(const Multiplier& me, u32 first, u32
       write_pair<T>(me, first, limit, rows, r, j, value(r, j, 0), value(r, j, 1), address);
 }
 
-#if defined(SIDP_CAS_ROLLED)
+constexpr int kRolledWidth = 64;  // from here on the results are written in a loop
+
 // Calls use(j, lower, upper) with the sums 4 j ... 4 j + 3 of both boxes, in a loop of few instructions: unrolled, N >= 64 is
 // 10,000 of them, which come from memory in every batch. The sums move up in their registers; through memory (tried) each
 // step takes 0.7 us, as long as a read of the L2 takes beside the weights.
@@ -170,7 +171,6 @@ __device__ __forceinline__ void write_results_rolled(const ServerArguments& args
       }
   });
 }
-#endif
 
 // gate/up -> activation -> the intermediate, for the loaders of all CTAs.
 template <typename T, int N>
@@ -206,16 +206,16 @@ __device__ __forceinline__ void write_inner(const ServerArguments& args, const M
                       [&](u32 r, u32 j, u32 e) { return sums[1][4 * j + 2 * r + e]; }, address);
 }
 
-// O5: into the requesters' slots. kWide: both boxes' sums are of the same rows and have been added up.
-template <typename T, int N, bool kWide>
+// O5: into the requesters' slots.
+template <typename T, int N>
 __device__ __forceinline__ void write_results(const Multiplier& me, const SharedBatch& here, const UnitRecord& unit, u32 tile,
                                               const Accumulators<N>& sums) {
   const u32 size = unit.hidden;
   const u32 rows = here.batch.rows;
   auto address = [&](u32 row) { return here.target[row]; };
 #pragma unroll
-  for (u32 box = 0; box < (kWide ? 1 : 2); ++box) {
-    const u32 first = tile * (kWide ? kBoxRows : kTileRows) + box * kBoxRows;
+  for (u32 box = 0; box < 2; ++box) {
+    const u32 first = tile * kTileRows + box * kBoxRows;
     const float bias[2] = {bias_at<T>(unit.down_bias, first + me.row(0), size),
                            bias_at<T>(unit.down_bias, first + me.row(1), size)};
     if ((unit.reply_flags & kReplyFloat32) == 0) {

@@ -15,37 +15,16 @@ constexpr u32 kRingBytes = kMaxStages * (kWeightBytes + 32 * kBoxColumns * 2);
 constexpr u32 kMultipliers = 2;                           // warpgroups that multiply
 constexpr u32 kServeThreads = 128 * (1 + kMultipliers);
 constexpr u32 kLoaders = 3;                               // two for the boxes of weights, one for activations
-#if defined(SIDP_CAS_FAST)
 constexpr u32 kBatchReaders = 1 + kMultipliers;           // the weight loaders read its headline instead
-#else
-constexpr u32 kBatchReaders = kLoaders + kMultipliers;
-#endif
 
-// A stage changes hands in parts: whole, or each box of weights by itself (the activations belong to the first box's filling
-// and to the last one's emptying).
-#if defined(SIDP_CAS_HALVES)
+// Each box of a stage changes hands by itself; the activations belong to the first box's filling and to the last one's emptying.
 constexpr u32 kParts = 2;
-#else
-constexpr u32 kParts = 1;
-#endif
-SIDP_HOST_DEVICE constexpr u32 part_of(u32 stage, u32 box) { return stage * kParts + (kParts == 1 ? 0 : box); }
+SIDP_HOST_DEVICE constexpr u32 part_of(u32 stage, u32 box) { return stage * kParts + box; }
 
 // Stages of weights and activations of `width` rows that fit into the ring.
 SIDP_HOST_DEVICE constexpr u32 stages_of(u32 width) { return width <= 32 ? 6 : width == 64 ? 5 : 4; }
 static_assert(stages_of(64) * (kWeightBytes + 64 * 128) <= kRingBytes, "ring");
 static_assert(stages_of(128) * (kWeightBytes + 128 * 128) <= kRingBytes, "ring");
-
-// For few rows a stage of the second phase is 128 rows x 128 columns, the boxes side by side: 256 bytes in a row of memory
-// where two boxes one below the other have 128. Each box then has its own activations, and both products are of the same rows.
-#if defined(SIDP_CAS_WIDE)
-SIDP_HOST_DEVICE constexpr bool wide_down(u32 width) { return width <= SIDP_CAS_WIDE; }
-#else
-SIDP_HOST_DEVICE constexpr bool wide_down(u32) { return false; }
-#endif
-// Bytes of a stage's activations.
-SIDP_HOST_DEVICE constexpr u32 activation_bytes(u32 width) { return width * kBoxColumns * 2 * (wide_down(width) ? 2 : 1); }
-static_assert(stages_of(16) * (kWeightBytes + activation_bytes(16)) <= kRingBytes, "ring");
-static_assert(stages_of(32) * (kWeightBytes + activation_bytes(32)) <= kRingBytes, "ring");
 
 struct SharedState {
   u64 full[kMaxStages * kParts];   // one arrival per loader, and their bytes
@@ -67,9 +46,7 @@ struct Phase {
 
 SIDP_HOST_DEVICE constexpr u32 ceil_div(u32 a, u32 b) { return (a + b - 1) / b; }
 
-__device__ inline Phase phase_of(const UnitRecord& unit, u32 phase, u32 width) {
-  if (phase == 1 && wide_down(width))
-    return Phase{ceil_div(unit.hidden, kBoxRows), ceil_div(unit.intermediate, 2 * kBoxColumns)};
+__device__ inline Phase phase_of(const UnitRecord& unit, u32 phase) {
   if (phase == 1) return Phase{ceil_div(unit.hidden, kTileRows), ceil_div(unit.intermediate, kBoxColumns)};
   const u32 rows = unit.gate_weights != nullptr ? kBoxRows : kTileRows;  // intermediate columns of a tile
   return Phase{ceil_div(unit.intermediate, rows), ceil_div(unit.hidden, kBoxColumns)};
