@@ -317,12 +317,13 @@ def test_vmm_memory_maps_reads_and_frees():
     if C.vmm_refusal(0):
         pytest.skip(f"VMM handles: {C.vmm_refusal(0)}")
     token, nbytes = os.urandom(16), 96 << 20
-    torch.zeros(1, device="cuda")
+    values = torch.randint(0, 256, (nbytes,), dtype=torch.uint8, device="cuda")
+    assert torch.equal(values.clone(), values)  # loads the kernels that are used below: they take memory too
+    torch.cuda.empty_cache()
     before = torch.cuda.mem_get_info()[0]
     arena = C.CudaArena(0, 2, token, nbytes, 0, "vmm")
     handle = arena.handle()
     assert before - torch.cuda.mem_get_info()[0] >= nbytes
-    values = torch.randint(0, 256, (nbytes,), dtype=torch.uint8, device="cuda")
     device_bytes(arena.extents, nbytes, arena, torch.device("cuda", 0)).copy_(values)
     mapping = C.CudaPeerMapping(
         handle, 0, 2, token, nbytes, 0, arena.share()
@@ -331,7 +332,6 @@ def test_vmm_memory_maps_reads_and_frees():
     assert torch.equal(device_bytes(mapping.extents, nbytes, mapping, torch.device("cuda", 0)), values)
     with pytest.raises(sidp.SidpError, match="kind"):
         C.CudaPeerMapping(handle, 0, 2, token, nbytes, 0)
-    del values
     torch.cuda.synchronize()
     mapping.close()
     arena.close()
