@@ -142,6 +142,7 @@ class Group:
         del local, alone
         torch.cuda.empty_cache()
         for placement in self.args.placements:
+            torch.cuda.empty_cache()
             free = torch.cuda.mem_get_info()[0]
             with self.open(mode="was", placement=placement, slots=self.args.slots) as pool:
                 stats = pool.stats()

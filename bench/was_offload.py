@@ -60,6 +60,8 @@ def by_dispatch_model(model):
     from accelerate import dispatch_model
 
     kept = SLOTS - 1
+    for layer in model.model.layers[kept:]:
+        layer.mlp.to("cpu")  # it offloads what it finds, where it finds it: from the GPU to the GPU
     where = {"model.embed_tokens": 0, "model.norm": 0, "model.rotary_emb": 0, "lm_head": 0}
     for index in range(len(model.model.layers)):
         name = f"model.layers.{index}"

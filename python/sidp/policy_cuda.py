@@ -1,7 +1,9 @@
 """mode="auto" on GPUs: rates measured at commit, iterations timed by events now and then, never a synchronisation.
 
 The host only enqueues, so the policy does not go by the clock of its calls. A captured graph keeps the mode it was captured
-with: capture one for each size of batch, as engines do.
+with: capture one for each size of batch, as engines do. It takes CaS only where kernels are loaded at the start
+(CUDA_MODULE_LOADING=EAGER): nobody makes sure of a server before a replay asks, and one that is launched then may have to wait,
+behind a kernel that is being loaded, for that very replay.
 """
 
 from __future__ import annotations
@@ -24,6 +26,11 @@ _ROUND_TRIP_S = 3e-6  # between two GPUs, beyond what a request to one's own ser
 _LINK_BYTES = 128 << 20
 _SAMPLE_EVERY = 16  # iterations
 _SETTLED = 2  # iterations after a switch that are not timed: the ring is cold, the servers asleep
+
+
+def loads_lazily() -> bool:
+    """Whether CUDA loads a kernel at its first use."""
+    return os.environ.get("CUDA_MODULE_LOADING", "LAZY").upper() != "EAGER"
 
 
 def _seconds(run: Callable[[], object]) -> float:
@@ -128,7 +135,7 @@ class CudaPolicy(Chooser):
         begins, self._last_layer = layer <= self._last_layer or self._last_layer < 0, layer
         if torch.cuda.is_current_stream_capturing():
             if begins or self._captured is None:
-                self._captured = self._policy.best_is_cas(float(rows))
+                self._captured = not loads_lazily() and self._policy.best_is_cas(float(rows))
             return self._captured
         begins, self._captured = begins or self._captured is not None, None
         cas = self._policy.enter(layer, float(rows), 0.0)

@@ -36,12 +36,16 @@ with_mps() {
   unset CUDA_MPS_PIPE_DIRECTORY CUDA_MPS_LOG_DIRECTORY
 }
 
-# initcheck and racecheck look at our kernels only: libraries' kernels take most of the time and are not ours to mend.
+# initcheck and racecheck look at our kernels only: libraries' kernels take most of the time and are not ours to mend. What those
+# write, initcheck then takes for unwritten, so copies by the driver are not asked about.
 sanitize() {
   local own=(--kernel-name kns=sidp)
   for tool in memcheck synccheck initcheck racecheck; do
     local only=()
-    case $tool in initcheck | racecheck) only=("${own[@]}") ;; esac
+    case $tool in
+      initcheck) only=("${own[@]}" --check-api-memory-access no) ;;
+      racecheck) only=("${own[@]}") ;;
+    esac
     run 60 compute-sanitizer --tool "$tool" "${only[@]}" --error-exitcode 9 --log-file "$logs/$tool.log" \
       python3 "$here/sanitized.py" tiny
     tail -n 2 "$logs/$tool.log"

@@ -164,7 +164,7 @@ def pools(device: torch.device, hidden: int, inner: int, rounds: int) -> list[di
             found.append(waived(name, "both ranks are on one GPU: a copy inside it says nothing about a link"))
             continue
         found.append({"what": name, **slowest, "verified": True})
-    found.append(waived("round trip of a flag", "it is measured by the CaS self test, tests/gpu/run_cas.sh"))
+    found.append(waived("round trip of a flag", "bench/flag_round_trip.cu measures it"))
     return found
 
 
