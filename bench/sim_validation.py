@@ -6,7 +6,8 @@ what runs of another shape showed just before and after: in two groups of two, w
 than its bytes a slice takes, and how late a waiting thread wakes. Sleeps are drawn from those that this case's ranks measured, and ranks start as far apart as they did.
 Nothing is fitted to an iteration; of what the draws give, the median over seeds is shown, and the range. Every case runs in
 rounds. Shown is the one in which sleeps and slices were late least, whatever its error, and beside it the median error of all
-rounds: other work on the machine comes in bursts, and whether a group of few iterations falls out of step is a matter of luck. --h100 compares with recorded iterations of one and of two H100s, and runs nothing.
+rounds: other work on the machine comes in bursts, and whether a group of few iterations falls out of step is a matter of luck. --recorded compares with
+recorded iterations of one and of two GPUs, and runs nothing.
 """
 
 from __future__ import annotations
@@ -151,14 +152,31 @@ NVLINK = (
     (4096, 29.72, 30.28, 34.61),
     (8192, 56.60, 60.66, 64.85),
 )
+# two H200s: the first session has all rows, the second 256, 2048 and 8192 and the present striped copies
+H200_FIRST = (
+    (256, 3.94, 12.58, 13.07),
+    (1024, 14.92, 15.38, 16.02),
+    (2048, 29.85, 31.54, 31.89),
+    (4096, 59.96, 62.52, 64.33),
+    (8192, 119.14, 123.11, 124.35),
+)
+H200_LAYER = ((256, 3.83, 12.62, 13.07), (2048, 29.70, 30.91, 30.78), (8192, 117.92, 121.20, 121.38))
+H200_STRIPED = ((256, 3.83, 13.21, 13.46), (2048, 29.70, 32.85, 33.02), (8192, 117.92, 123.57, 124.07))
 
 
-def _h100() -> None:
+def _recorded() -> None:
     print("WaS on one H100: 12 layers from pinned memory at 54.5 GB/s, 3 slots")
     # one reader of every whole unit: half of it is its own stripe, so the other half comes at half the rate
     _print_recorded(HOST_TIER, "striped", 12, 3, 54.5e9 / 2, readers=1)
     print("WaS on two H100s over NVLink at 373.5 GB/s: 6 layers, `layer`, 1 slot")
     _print_recorded(NVLINK, "layer", 6, 1, 373.5e9, readers=2, fit_row=4096)
+    for name, rows, placement in (
+        ("first session", H200_FIRST, "layer"),
+        ("second session", H200_LAYER, "layer"),
+        ("second session", H200_STRIPED, "striped"),
+    ):
+        print(f"WaS on two H200s over NVLink at 372 GB/s, {name}: 12 layers, `{placement}`, 3 slots")
+        _print_recorded(rows, placement, 12, 3, 372e9, readers=2)
 
 
 def _print_recorded(recorded, placement, layers, slots, rate, readers, fit_row=None) -> None:
@@ -192,10 +210,10 @@ def _print_recorded(recorded, placement, layers, slots, rate, readers, fit_row=N
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--iterations", type=int, default=12, help="of each round (default: 12)")
-    parser.add_argument("--h100", action="store_true")
+    parser.add_argument("--recorded", action="store_true", help="against recorded iterations of GPUs, running nothing")
     args = parser.parse_args()
-    if args.h100:
-        _h100()
+    if args.recorded:
+        _recorded()
         return
     iterations = args.iterations
     print(
