@@ -7,7 +7,7 @@ parts=${*:-build measure profile more}
 export PYTHONPATH=$here
 flags="-O3 -std=c++17 -gencode=arch=compute_90a,code=sm_90a -Xcompiler -fPIC -I$root/csrc"
 sources="csrc/cas_server/cuda_requester.cpp csrc/cas_server/cuda_requester.cu csrc/cas_server/cuda_server.cpp
-  csrc/cas_server/serve_kernels.cu csrc/cas_server/tensor_maps.cpp"
+  csrc/cas_server/cuda_launches.cpp csrc/cas_server/serve_kernels.cu csrc/cas_server/tensor_maps.cpp"
 # A change to try against what stands: a name here with the -D that the sources ask for, and the name in `builds`.
 variant_flags() {
   case $1 in
@@ -33,12 +33,12 @@ if [[ $parts == *build* ]]; then
     for source in $sources bench/cas_capi.cu; do build_one $source $name & done
   done
   nvcc $flags -o "$built/cas_read" "$root/bench/cas_read.cu" &
-  build_one tests/gpu/cas_selftest.cpp base &  # the host's side is the same in all of them
+  for source in cas_selftest cas_processes; do build_one tests/gpu/$source.cpp base & done  # the same for all of them
   wait
   for name in $builds $traced; do
     objects=$(for s in $sources; do echo "$built/$name.$(basename $s).o"; done)
     nvcc -shared -o "$built/$name.so" $objects "$built/$name.cas_capi.cu.o" &
-    nvcc -o "$built/selftest_$name" $objects "$built/base.cas_selftest.cpp.o" &
+    nvcc -o "$built/selftest_$name" $objects "$built"/base.cas_{selftest,processes}.cpp.o &
   done
   wait
   echo "== build, $((SECONDS - start)) s"

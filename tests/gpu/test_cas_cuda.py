@@ -217,6 +217,34 @@ def test_cas_processes_hold_up_nobody_who_frees_memory():
         assert idle < 200 and busy < 400, "far above the bound of a launch (run 20 ms)"
 
 
+SELDOM_USED = [
+    "acosh", "asinh", "atanh", "digamma", "erfc", "erfinv", "expm1", "frac", "i0", "lgamma", "log1p", "logit", "sinc", "sinh", "tan", "trunc",
+]  # fmt: skip
+
+
+def loading_body(ctx):
+    """A kernel is loaded between two requests: what comes later begins only when the servers that run have ended."""
+    weights, bad = weights_of(ctx, WIDE), 0
+    with open_pool(WIDE, weights, mode="cas") as pool:
+        for seed, name in enumerate(SELDOM_USED):
+            x, ys = rows_of(3, seed), []
+            for layer in range(LAYERS):
+                ys.append(ffn_forward(x, pool, layer))
+                if layer == seed % LAYERS:
+                    getattr(torch, name)(ys[-1].float())
+            for layer, y in enumerate(ys):
+                ours, plain = errors(y, x, weights[layer], WIDE)
+                bad += not ours <= plain
+        pool.check()
+    return bad
+
+
+@pytest.mark.parametrize("loading", ["LAZY", "EAGER"])
+def test_cas_processes_that_load_kernels_meanwhile(monkeypatch, loading):
+    monkeypatch.setenv("CUDA_MODULE_LOADING", loading)
+    assert parallel_launch(loading_body, 2, timeout=45) == [0, 0]
+
+
 def compiled_body(ctx):
     weights = weights_of(ctx, WIDE)
     with open_pool(WIDE, weights, mode="cas") as pool:
