@@ -7,7 +7,7 @@ pool alone; their answers are compared. Ranks that share a GPU run under an MPS 
 
     python bench/run_batch_gpu.py --budget-s 200 --json OUT.json              # several ranks on one GPU
     python bench/run_batch_gpu.py --suite host --budget-s 120                 # one rank, FFN weights in host memory
-    python bench/run_batch_gpu.py --devices 2 --budget-s 240                  # one rank on each of two GPUs
+    python bench/run_batch_gpu.py --devices 2 --budget-s 240                  # one rank on each of two GPUs, or of 4 or 8
     python bench/run_batch_gpu.py --dry-run                                   # tiny shapes on the CPU
 
 A row for which the time left does not suffice is skipped and says so; one that does not fit the memory says that.
@@ -28,7 +28,7 @@ from pathlib import Path
 
 from answers import answers_of
 from run_batch_device import environment, measure_context, mps
-from run_batch_rows import TINY, Row, host_tier, one_gpu, shortened, small, two_gpus
+from run_batch_rows import TINY, Row, host_tier, node, one_gpu, shortened, small, two_gpus
 
 HERE = Path(__file__).resolve().parent
 
@@ -220,7 +220,7 @@ def print_table(results: list[dict]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--devices", type=int, default=1, choices=(1, 2))
+    parser.add_argument("--devices", type=int, default=1, choices=(1, 2, 4, 8))
     parser.add_argument(
         "--suite", choices=("ranks", "host"), default="ranks", help="of one GPU: ranks that share it, or host memory"
     )
@@ -230,7 +230,10 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", help="write the results there")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU")
     args = parser.parse_args()
-    rows = two_gpus() if args.devices == 2 else host_tier() if args.suite == "host" else one_gpu()
+    if args.devices > 2:
+        rows = node(args.devices)
+    else:
+        rows = two_gpus() if args.devices == 2 else host_tier() if args.suite == "host" else one_gpu()
     rows = [row for row in rows if not args.rows or any(text in row.name for text in args.rows)]
     if args.answer:
         rows = [shortened(row, args.answer) for row in rows]

@@ -1,4 +1,4 @@
-"""What bench/run_batch_gpu.py runs: rows for one GPU that ranks share, for host memory, and for two GPUs."""
+"""What bench/run_batch_gpu.py runs: rows for one GPU that ranks share, for host memory, for two GPUs and for a node."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def two_gpus() -> list[Row]:
     """One rank on each GPU, over the link between them."""
     large = Row("32B x2 1K replicated", "32B x2 1K", "Qwen3-32B", 2, False, 96, 768, 256, 75)
     # The same room for the cache as 80 GB cards have, on cards of 141 GB.
-    tight = Row("32B x2 1K at 0.55 replicated", "32B x2 1K at 0.55", "Qwen3-32B", 2, False, 304, 768, 256, 110, 0.55)
+    tight = Row("32B x2 1K at 0.55 replicated", "32B x2 1K at 0.55", "Qwen3-32B", 2, False, 280, 768, 256, 110, 0.55)
     capped = Row("14B x2 1K at 0.6 replicated", "14B x2 1K at 0.6", "Qwen3-14B", 2, False, 256, 768, 256, 50, 0.6)
     return [
         large,
@@ -87,6 +87,34 @@ def two_gpus() -> list[Row]:
         _pooled(capped, 45, "was"),
         _pooled(capped, 45, "auto"),
     ]
+
+
+def node(gpus: int) -> list[Row]:
+    """One rank on each of `gpus` GPUs of 141 GB. 32B as 80 GB cards would have it, and 70B, which no rank can hold alone there."""
+    here = f"x{gpus}"
+    short = Row(
+        f"32B {here} 1K at 0.55 replicated",
+        f"32B {here} 1K at 0.55",
+        "Qwen3-32B",
+        gpus,
+        False,
+        150 * gpus,
+        768,
+        256,
+        120,
+        0.55,
+    )
+    long = replace(
+        short, name=f"32B {here} 4K at 0.55 replicated", pair=f"32B {here} 4K at 0.55", prompt=3584, answer=512,
+        requests=36 * gpus, estimate_s=200,
+    )  # fmt: skip
+    large = Row(f"70B {here} 1K replicated", f"70B {here} 1K", "Llama-3.1-70B", gpus, False, 64 * gpus, 768, 256, 60)
+    rows = []
+    for row, estimate_s in ((short, 90), (large, 130), (long, 150)):
+        striped = _pooled(row, estimate_s, "auto")
+        striped = replace(striped, name=striped.name + " striped", options=(*striped.options, "--placement", "striped"))
+        rows += [row, _pooled(row, estimate_s, "was"), _pooled(row, estimate_s, "auto"), striped]
+    return rows
 
 
 def _pooled(row: Row, estimate_s: float, mode: str = "") -> Row:
