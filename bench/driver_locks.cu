@@ -13,30 +13,23 @@
 #include <thread>
 #include <vector>
 
+#include "../csrc/cas_server/ptx.cuh"
+#include "../csrc/cuda_check.hpp"
+
 namespace {
 
 using Clock = std::chrono::steady_clock;
 
 constexpr double kSpinMs = 40;  // of the kernel that somebody waits for; every kernel here ends by itself
 
-#define CHECK(call)                                                                            \
-  do {                                                                                         \
-    const cudaError_t error = (call);                                                          \
-    if (error != cudaSuccess) {                                                                \
-      std::printf("%s: %s (line %d)\n", #call, cudaGetErrorString(error), __LINE__);           \
-      std::exit(1);                                                                            \
-    }                                                                                          \
-  } while (false)
-
 double milliseconds(Clock::time_point since) {
   return std::chrono::duration<double, std::milli>(Clock::now() - since).count();
 }
 
 __global__ void spin(unsigned long long ns) {
-  unsigned long long start, now;
-  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(start));
-  do asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
-  while (now - start < ns);
+  const unsigned long long start = sidp::cas::now_ns();
+  while (sidp::cas::now_ns() - start < ns) {
+  }
 }
 
 __global__ void raise(volatile unsigned* flag) { *flag = 1; }
@@ -60,7 +53,7 @@ std::pair<double, double> launch(cudaStream_t stream) {
 }
 
 void beside(const char* name, cudaStream_t busy, cudaStream_t other, const std::function<void()>& wait) {
-  CHECK(cudaDeviceSynchronize());
+  SIDP_CUDA_CHECK(cudaDeviceSynchronize());
   spin<<<1, 1, 0, busy>>>(static_cast<unsigned long long>(kSpinMs * 1e6));
   double waited = 0;
   std::thread waiting([&] {
@@ -71,7 +64,7 @@ void beside(const char* name, cudaStream_t busy, cudaStream_t other, const std::
   std::this_thread::sleep_for(std::chrono::milliseconds(4));
   const auto [call, seen] = launch(other);
   waiting.join();
-  CHECK(cudaDeviceSynchronize());
+  SIDP_CUDA_CHECK(cudaDeviceSynchronize());
   std::printf("%-44s waits %6.2f ms; a launch beside it: call %7.3f ms, runs after %7.3f ms%s\n", name, waited, call, seen,
               call > 1 ? "  KEPT WAITING" : seen > 1 ? "  QUEUED BEHIND" : "");
 }
@@ -79,21 +72,21 @@ void beside(const char* name, cudaStream_t busy, cudaStream_t other, const std::
 // For a stream that waits and has one more kernel behind: which other streams stand still with it.
 void share_queues(int priority_of_others, int count, const char* what) {
   cudaStream_t first;
-  CHECK(cudaStreamCreateWithFlags(&first, cudaStreamNonBlocking));
+  SIDP_CUDA_CHECK(cudaStreamCreateWithFlags(&first, cudaStreamNonBlocking));
   std::vector<cudaStream_t> others(count);
   for (cudaStream_t& stream : others)
-    CHECK(cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking, priority_of_others));
+    SIDP_CUDA_CHECK(cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking, priority_of_others));
   std::string stuck;
   int number = 0;
   for (int i = 0; i < count; ++i) {
-    CHECK(cudaDeviceSynchronize());
+    SIDP_CUDA_CHECK(cudaDeviceSynchronize());
     spin<<<1, 1, 0, first>>>(static_cast<unsigned long long>(10e6));
     spin<<<1, 1, 0, first>>>(1000);
     if (launch(others[i]).second < 5) continue;
     stuck += " " + std::to_string(i);
     ++number;
   }
-  CHECK(cudaDeviceSynchronize());
+  SIDP_CUDA_CHECK(cudaDeviceSynchronize());
   std::printf("%d of %d %s streams stand still with a stream that waits:%s\n", number, count, what, stuck.c_str());
   for (cudaStream_t stream : others) cudaStreamDestroy(stream);
   cudaStreamDestroy(first);
@@ -102,62 +95,62 @@ void share_queues(int priority_of_others, int count, const char* what) {
 }  // namespace
 
 int main() {
-  CHECK(cudaSetDevice(0));
+  SIDP_CUDA_CHECK(cudaSetDevice(0));
   int least = 0, greatest = 0;
-  CHECK(cudaHostAlloc(&flag, sizeof(*flag), cudaHostAllocMapped));
-  CHECK(cudaDeviceGetStreamPriorityRange(&least, &greatest));
+  SIDP_CUDA_CHECK(cudaHostAlloc(&flag, sizeof(*flag), cudaHostAllocMapped));
+  SIDP_CUDA_CHECK(cudaDeviceGetStreamPriorityRange(&least, &greatest));
   std::printf("priorities %d to %d, CUDA_DEVICE_MAX_CONNECTIONS %s, under MPS: %s\n", least, greatest,
               std::getenv("CUDA_DEVICE_MAX_CONNECTIONS") ? std::getenv("CUDA_DEVICE_MAX_CONNECTIONS") : "unset",
               std::getenv("CUDA_MPS_PIPE_DIRECTORY") ? "yes" : "no");
   cudaStream_t busy, server;
-  CHECK(cudaStreamCreateWithFlags(&busy, cudaStreamNonBlocking));
-  CHECK(cudaStreamCreateWithPriority(&server, cudaStreamNonBlocking, greatest));
+  SIDP_CUDA_CHECK(cudaStreamCreateWithFlags(&busy, cudaStreamNonBlocking));
+  SIDP_CUDA_CHECK(cudaStreamCreateWithPriority(&server, cudaStreamNonBlocking, greatest));
   void *device, *pinned;
   std::vector<char> pageable(64 << 20);
-  CHECK(cudaMalloc(&device, 64 << 20));
-  CHECK(cudaHostAlloc(&pinned, 64 << 20, cudaHostAllocDefault));
+  SIDP_CUDA_CHECK(cudaMalloc(&device, 64 << 20));
+  SIDP_CUDA_CHECK(cudaHostAlloc(&pinned, 64 << 20, cudaHostAllocDefault));
   launch(server);
   launch(busy);
 
   beside("nobody", busy, server, [] {});
-  beside("cudaStreamSynchronize", busy, server, [&] { CHECK(cudaStreamSynchronize(busy)); });
-  beside("cudaDeviceSynchronize", busy, server, [] { CHECK(cudaDeviceSynchronize()); });
+  beside("cudaStreamSynchronize", busy, server, [&] { SIDP_CUDA_CHECK(cudaStreamSynchronize(busy)); });
+  beside("cudaDeviceSynchronize", busy, server, [] { SIDP_CUDA_CHECK(cudaDeviceSynchronize()); });
   for (const std::size_t bytes : {std::size_t(4), std::size_t(64) << 10, std::size_t(64) << 20}) {
     const std::string size = std::to_string(bytes) + " B";
     beside(("cudaMemcpyAsync to pageable, " + size).c_str(), busy, server,
-           [&] { CHECK(cudaMemcpyAsync(pageable.data(), device, bytes, cudaMemcpyDeviceToHost, busy)); });
+           [&] { SIDP_CUDA_CHECK(cudaMemcpyAsync(pageable.data(), device, bytes, cudaMemcpyDeviceToHost, busy)); });
     beside(("cudaMemcpyAsync from pageable, " + size).c_str(), busy, server,
-           [&] { CHECK(cudaMemcpyAsync(device, pageable.data(), bytes, cudaMemcpyHostToDevice, busy)); });
+           [&] { SIDP_CUDA_CHECK(cudaMemcpyAsync(device, pageable.data(), bytes, cudaMemcpyHostToDevice, busy)); });
     beside(("cudaMemcpyAsync to pinned, sync, " + size).c_str(), busy, server, [&] {
-      CHECK(cudaMemcpyAsync(pinned, device, bytes, cudaMemcpyDeviceToHost, busy));
-      CHECK(cudaStreamSynchronize(busy));
+      SIDP_CUDA_CHECK(cudaMemcpyAsync(pinned, device, bytes, cudaMemcpyDeviceToHost, busy));
+      SIDP_CUDA_CHECK(cudaStreamSynchronize(busy));
     });
   }
   beside("cudaMalloc", busy, server, [] {
     void* memory;
-    CHECK(cudaMalloc(&memory, 256 << 20));
+    SIDP_CUDA_CHECK(cudaMalloc(&memory, 256 << 20));
   });
   void* memory;
-  CHECK(cudaMalloc(&memory, 256 << 20));
-  beside("cudaFree", busy, server, [&] { CHECK(cudaFree(memory)); });
+  SIDP_CUDA_CHECK(cudaMalloc(&memory, 256 << 20));
+  beside("cudaFree", busy, server, [&] { SIDP_CUDA_CHECK(cudaFree(memory)); });
   beside("cudaHostAlloc", busy, server, [] {
     void* more;
-    CHECK(cudaHostAlloc(&more, 16 << 20, cudaHostAllocDefault));
+    SIDP_CUDA_CHECK(cudaHostAlloc(&more, 16 << 20, cudaHostAllocDefault));
   });
   beside("load of a kernel (first launch)", busy, server, [&] {
     cudaStream_t own;
-    CHECK(cudaStreamCreateWithFlags(&own, cudaStreamNonBlocking));
+    SIDP_CUDA_CHECK(cudaStreamCreateWithFlags(&own, cudaStreamNonBlocking));
     never_used<1><<<1, 1, 0, own>>>(static_cast<int*>(device));
   });
   beside("cudaFuncGetAttributes of a kernel not loaded", busy, server, [] {
     cudaFuncAttributes attributes;
-    CHECK(cudaFuncGetAttributes(&attributes, never_used<2>));
+    SIDP_CUDA_CHECK(cudaFuncGetAttributes(&attributes, never_used<2>));
   });
   beside("cudaStreamCreate", busy, server, [] {
     cudaStream_t more;
-    CHECK(cudaStreamCreate(&more));
+    SIDP_CUDA_CHECK(cudaStreamCreate(&more));
   });
-  beside("cudaMemset of the default stream", busy, server, [&] { CHECK(cudaMemset(device, 0, 1 << 20)); });
+  beside("cudaMemset of the default stream", busy, server, [&] { SIDP_CUDA_CHECK(cudaMemset(device, 0, 1 << 20)); });
 
   share_queues(least, 40, "ordinary");
   share_queues(greatest, 40, "high-priority");

@@ -8,63 +8,43 @@
 #include <cstdlib>
 #include <vector>
 
+#include "../csrc/cas_server/ptx.cuh"
+#include "../csrc/cuda_check.hpp"
+
+using namespace sidp::cas;
+
 namespace {
 
 constexpr unsigned kTrips = 2000, kRounds = 7;
-constexpr unsigned long long kBoundNs = 2'000'000'000;
-
-#define CHECK(call)                                                                  \
-  do {                                                                               \
-    const cudaError_t error = (call);                                                \
-    if (error != cudaSuccess) {                                                      \
-      std::printf("%s: %s (line %d)\n", #call, cudaGetErrorString(error), __LINE__); \
-      std::exit(1);                                                                  \
-    }                                                                                \
-  } while (false)
-
-__device__ unsigned long long now_ns() {
-  unsigned long long now;
-  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
-  return now;
-}
-
-__device__ void store_release(unsigned* word, unsigned value) {
-  asm volatile("st.release.sys.u32 [%0], %1;" ::"l"(word), "r"(value) : "memory");
-}
-
-__device__ unsigned load_acquire(const unsigned* word) {
-  unsigned value;
-  asm volatile("ld.acquire.sys.u32 %0, [%1];" : "=r"(value) : "l"(word) : "memory");
-  return value;
-}
+constexpr u64 kBoundNs = 2'000'000'000;
 
 // `begins` sends trip i before it waits for the answer i, the other after it has seen i. took_ns: 0 where time ran out.
-__global__ void exchange(unsigned* mine, unsigned* theirs, unsigned first, bool begins, unsigned long long* took_ns) {
-  const unsigned long long start = now_ns();
-  for (unsigned i = first; i < first + kTrips; ++i) {
-    if (begins) store_release(theirs, i);
-    while (load_acquire(mine) != i)
+__global__ void exchange(u64* mine, u64* theirs, u64 first, bool begins, u64* took_ns) {
+  const u64 start = now_ns();
+  for (u64 i = first; i < first + kTrips; ++i) {
+    if (begins) store_release_sys(theirs, i);
+    while (load_acquire_sys(mine) != i)
       if (now_ns() - start > kBoundNs) return;
-    if (!begins) store_release(theirs, i);
+    if (!begins) store_release_sys(theirs, i);
   }
   *took_ns = now_ns() - start;
 }
 
 struct Side {
   int device;
-  unsigned* word;
-  unsigned long long* took;
+  u64* word;
+  u64* took;
   cudaStream_t stream;
 };
 
 Side make(int device) {
   Side side{device, nullptr, nullptr, nullptr};
-  CHECK(cudaSetDevice(device));
-  CHECK(cudaMalloc(&side.word, 256));
-  CHECK(cudaMemset(side.word, 0, 256));
-  CHECK(cudaHostAlloc(&side.took, sizeof(*side.took), cudaHostAllocPortable));
-  CHECK(cudaStreamCreateWithFlags(&side.stream, cudaStreamNonBlocking));
-  CHECK(cudaDeviceSynchronize());
+  SIDP_CUDA_CHECK(cudaSetDevice(device));
+  SIDP_CUDA_CHECK(cudaMalloc(&side.word, 256));
+  SIDP_CUDA_CHECK(cudaMemset(side.word, 0, 256));
+  SIDP_CUDA_CHECK(cudaHostAlloc(&side.took, sizeof(*side.took), cudaHostAllocPortable));
+  SIDP_CUDA_CHECK(cudaStreamCreateWithFlags(&side.stream, cudaStreamNonBlocking));
+  SIDP_CUDA_CHECK(cudaDeviceSynchronize());
   return side;
 }
 
@@ -74,14 +54,14 @@ void measure(const char* name, Side a, Side b) {
     *a.took = *b.took = 0;
     for (Side* side : {&b, &a}) {
       const Side& other = side == &a ? b : a;
-      CHECK(cudaSetDevice(side->device));
-      exchange<<<1, 1, 0, side->stream>>>(side->word, other.word, 1 + round * kTrips, side == &a, side->took);
-      CHECK(cudaGetLastError());
+      SIDP_CUDA_CHECK(cudaSetDevice(side->device));
+      exchange<<<1, 1, 0, side->stream>>>(side->word, other.word, 1 + u64(round) * kTrips, side == &a, side->took);
+      SIDP_CUDA_CHECK(cudaGetLastError());
     }
-    CHECK(cudaSetDevice(a.device));
-    CHECK(cudaStreamSynchronize(a.stream));
-    CHECK(cudaSetDevice(b.device));
-    CHECK(cudaStreamSynchronize(b.stream));
+    SIDP_CUDA_CHECK(cudaSetDevice(a.device));
+    SIDP_CUDA_CHECK(cudaStreamSynchronize(a.stream));
+    SIDP_CUDA_CHECK(cudaSetDevice(b.device));
+    SIDP_CUDA_CHECK(cudaStreamSynchronize(b.stream));
     if (*a.took == 0) {
       std::printf("%s: an answer did not come within 2 s\n", name);
       std::exit(1);
@@ -97,7 +77,7 @@ void measure(const char* name, Side a, Side b) {
 
 int main() {
   int count = 0;
-  CHECK(cudaGetDeviceCount(&count));
+  SIDP_CUDA_CHECK(cudaGetDeviceCount(&count));
   measure("two kernels on GPU 0", make(0), make(0));
   if (count < 2) {
     std::printf("GPU 0 and GPU 1: waived, there is one GPU\n");
@@ -105,13 +85,13 @@ int main() {
   }
   for (int device = 0; device < 2; ++device) {
     int can = 0;
-    CHECK(cudaDeviceCanAccessPeer(&can, device, 1 - device));
+    SIDP_CUDA_CHECK(cudaDeviceCanAccessPeer(&can, device, 1 - device));
     if (!can) {
       std::printf("GPU 0 and GPU 1: waived, no peer access\n");
       return 0;
     }
-    CHECK(cudaSetDevice(device));
-    CHECK(cudaDeviceEnablePeerAccess(1 - device, 0));
+    SIDP_CUDA_CHECK(cudaSetDevice(device));
+    SIDP_CUDA_CHECK(cudaDeviceEnablePeerAccess(1 - device, 0));
   }
   measure("GPU 0 and GPU 1", make(0), make(1));
   return 0;

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import socket
 import time
@@ -118,15 +119,22 @@ class Group:
         torch.cuda.empty_cache()
         return same, worst, plain
 
+    def copy_rate(self, pool: WeightPool, owner: int, reads: bool = True) -> float:
+        """Collective: bytes/s of bare copies from `owner`, by all ranks that read at once; the slowest."""
+        nbytes = min(512 << 20, pool.placement.arena_bytes(owner))
+        dist.barrier()
+        rate = (
+            C.cuda_copy_rate(pool._transport.source(owner), nbytes, torch.cuda.current_device()) if reads else math.inf
+        )
+        return -self.slowest(-rate)
+
     # ---- parts ----
+
+    incast = incast
 
     def floors(self, pool: WeightPool) -> float:
         """Collective: bytes/s of bare copies from the next rank, all ranks at once; the slowest."""
-        owner = (self.rank + 1) % self.args.ranks
-        nbytes = min(512 << 20, pool.placement.arena_bytes(owner))
-        dist.barrier()
-        rate = C.cuda_copy_rate(pool._transport.source(owner), nbytes, torch.cuda.current_device())
-        return -self.slowest(-rate)
+        return self.copy_rate(pool, (self.rank + 1) % self.args.ranks)
 
     def was(self) -> None:
         local = [weights_of(self.spec, 1000 + i) for i in range(2)]
@@ -140,7 +148,6 @@ class Group:
 
             compute[rows] = self.timed(alone)
         del local, alone
-        torch.cuda.empty_cache()
         for placement in self.args.placements:
             torch.cuda.empty_cache()
             free = torch.cuda.mem_get_info()[0]
@@ -287,7 +294,7 @@ def rank_main(rank: int, args, port: int) -> None:
             if group.spent():
                 group.report(part=part, skipped="the budget is used up")
                 continue
-            incast(group) if part == "incast" else getattr(group, part)()
+            getattr(group, part)()
     if rank == 0 and args.json:
         facts = {"device": torch.cuda.get_device_name(), "devices": torch.cuda.device_count(), "arguments": vars(args)}
         with open(args.json, "w") as file:

@@ -11,13 +11,13 @@ off: the paper's case is ranks in step and a ring that looks one layer ahead.
 
 from __future__ import annotations
 
+import statistics
 import time
 
 import torch
 import torch.distributed as dist
 
 from sidp import ffn_forward
-from sidp._native import C
 
 ROWS = 64  # few enough for every iteration to be bound by the link
 CASES = [
@@ -33,13 +33,8 @@ CASES = [
 
 def bare(group) -> None:
     with group.open(mode="was", placement="layer", slots=1) as pool:
-        nbytes = min(512 << 20, pool.placement.arena_bytes(0))
         for readers in range(1, group.args.ranks):
-            reads, rate = 1 <= group.rank <= readers, 0.0
-            dist.barrier()
-            if reads:
-                rate = C.cuda_copy_rate(pool._transport.source(0), nbytes, torch.cuda.current_device())
-            slowest = -group.slowest(-rate if reads else -1e30)
+            slowest = group.copy_rate(pool, 0, reads=1 <= group.rank <= readers)
             group.report(
                 part="incast", readers=readers, slowest_gbps=slowest / 1e9, owner_gives_gbps=readers * slowest / 1e9
             )
@@ -81,7 +76,7 @@ def _median(group, pool, x, step: str, expected_ms: float) -> float:
         torch.cuda.current_stream().synchronize()
         if i >= 2:
             times.append((time.perf_counter() - begin) * 1e3)
-    return sorted(times)[len(times) // 2]
+    return statistics.median(times)
 
 
 def incast(group) -> None:

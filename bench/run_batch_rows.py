@@ -70,8 +70,7 @@ def host_tier() -> list[Row]:
 def two_gpus() -> list[Row]:
     """One rank on each GPU, over the link between them."""
     large = Row("32B x2 1K replicated", "32B x2 1K", "Qwen3-32B", 2, False, 96, 768, 256, 75)
-    # The same room for the cache as 80 GB cards have, on cards of 141 GB.
-    tight = Row("32B x2 1K at 0.55 replicated", "32B x2 1K at 0.55", "Qwen3-32B", 2, False, 280, 768, 256, 110, 0.55)
+    tight = _tight(2, 110)
     capped = Row("14B x2 1K at 0.6 replicated", "14B x2 1K at 0.6", "Qwen3-14B", 2, False, 256, 768, 256, 50, 0.6)
     return [
         large,
@@ -92,18 +91,7 @@ def two_gpus() -> list[Row]:
 def node(gpus: int) -> list[Row]:
     """One rank on each of `gpus` GPUs of 141 GB. 32B as 80 GB cards would have it, and 70B, which no rank can hold alone there."""
     here = f"x{gpus}"
-    short = Row(
-        f"32B {here} 1K at 0.55 replicated",
-        f"32B {here} 1K at 0.55",
-        "Qwen3-32B",
-        gpus,
-        False,
-        150 * gpus,
-        768,
-        256,
-        120,
-        0.55,
-    )
+    short = _tight(gpus, 120)
     long = replace(
         short, name=f"32B {here} 4K at 0.55 replicated", pair=f"32B {here} 4K at 0.55", prompt=3584, answer=512,
         requests=36 * gpus, estimate_s=200,
@@ -115,6 +103,12 @@ def node(gpus: int) -> list[Row]:
         striped = replace(striped, name=striped.name + " striped", options=(*striped.options, "--placement", "striped"))
         rows += [row, _pooled(row, estimate_s, "was"), _pooled(row, estimate_s, "auto"), striped]
     return rows
+
+
+def _tight(gpus: int, estimate_s: float) -> Row:
+    """32B with the room for the cache that 80 GB cards have, on cards of 141 GB; as many requests as a pool of two takes at once."""
+    name = f"32B x{gpus} 1K at 0.55"
+    return Row(f"{name} replicated", name, "Qwen3-32B", gpus, False, 140 * gpus, 768, 256, estimate_s, 0.55)
 
 
 def _pooled(row: Row, estimate_s: float, mode: str = "") -> Row:

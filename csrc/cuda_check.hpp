@@ -36,6 +36,12 @@ class DeviceGuard {
   int before_ = 0;
 };
 
+inline int device_attribute(cudaDeviceAttr which, int device) {
+  int value = 0;
+  SIDP_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, device));
+  return value;
+}
+
 // Within a scope this thread's calls are not refused because some stream of the process is being captured.
 class RelaxedCapture {
  public:

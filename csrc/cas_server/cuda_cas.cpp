@@ -11,18 +11,12 @@ namespace cas {
 
 namespace {
 
-int attribute(cudaDeviceAttr which, int device) {
-  int value = 0;
-  SIDP_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, device));
-  return value;
-}
-
 // An SM takes 64 bytes a clock from the L2; half as many SMs again as the memory can feed at that rate were the best of the sweeps,
 // rounded to 8: 40 on an H100, 56 on an H200 (bench/RESULTS.md, "The CaS kernel").
 unsigned measured_sms(int device) {
-  const double clock_hz = attribute(cudaDevAttrClockRate, device) * 1e3;
-  const double memory_hz = attribute(cudaDevAttrMemoryClockRate, device) * 1e3;
-  const double memory_bytes = 2 * memory_hz * attribute(cudaDevAttrGlobalMemoryBusWidth, device) / 8;
+  const double clock_hz = device_attribute(cudaDevAttrClockRate, device) * 1e3;
+  const double memory_hz = device_attribute(cudaDevAttrMemoryClockRate, device) * 1e3;
+  const double memory_bytes = 2 * memory_hz * device_attribute(cudaDevAttrGlobalMemoryBusWidth, device) / 8;
   if (clock_hz <= 0 || memory_bytes <= 0) return 40;  // not told by every driver
   return std::max(8u, 8 * static_cast<unsigned>(1.5 * memory_bytes / (64 * clock_hz) / 8 + 0.5));
 }
@@ -30,7 +24,7 @@ unsigned measured_sms(int device) {
 // A launch needs all its CTAs at once, each a whole SM, beside the servers and the waiting CTAs of all ranks on the GPU: otherwise
 // ranks that wait for each other hold the SMs that the answer needs.
 unsigned choose_sms(const CudaCasOptions& options) {
-  const auto all = static_cast<unsigned>(attribute(cudaDevAttrMultiProcessorCount, options.device));
+  const auto all = static_cast<unsigned>(device_attribute(cudaDevAttrMultiProcessorCount, options.device));
   const unsigned each = all / options.ranks_here;
   const unsigned most = each > kMaxCopyCtas ? each - kMaxCopyCtas : 1;
   SIDP_REQUIRE(options.sms <= most, ConfigError, "cas_sms=", options.sms, ": ", options.ranks_here, " rank(s) on a GPU of ", all,

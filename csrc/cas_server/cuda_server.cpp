@@ -14,9 +14,8 @@ std::uint64_t nanoseconds(double milliseconds) { return static_cast<std::uint64_
 std::size_t round_up(std::size_t value, std::size_t unit) { return (value + unit - 1) / unit * unit; }
 
 ServePath path_for(const CudaServerConfig& config) {
-  int major = 0, minor = 0;
-  SIDP_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, config.device));
-  SIDP_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, config.device));
+  const int major = device_attribute(cudaDevAttrComputeCapabilityMajor, config.device);
+  const int minor = device_attribute(cudaDevAttrComputeCapabilityMinor, config.device);
   SIDP_REQUIRE(major >= 8, ConfigError, "CaS needs compute capability 8.0, device ", config.device, " has ", major, ".",
                minor, "; use mode=\"was\"");
   const bool aligned = config.hidden % 8 == 0 && config.intermediate % 8 == 0;
@@ -57,8 +56,7 @@ CudaServer::CudaServer(const CudaServerConfig& config, const Geometry& geometry,
                geometry.reply_row_bytes, " bytes");
   DeviceGuard guard(config.device);
   path_ = path_for(config);
-  int sms = 0;
-  SIDP_CUDA_CHECK(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, config.device));
+  const int sms = device_attribute(cudaDevAttrMultiProcessorCount, config.device);
   SIDP_REQUIRE(config.sms >= 1 && config.sms <= unsigned(sms), ConfigError, "cas_sms=", config.sms,
                " is not in 1..", sms, ", the SMs of device ", config.device);
 

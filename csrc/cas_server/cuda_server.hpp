@@ -91,7 +91,7 @@ class CudaServer {
   bool pending() const;    // whether the newest launch has not begun; under `launching_`, like the rest
   void launch();           // on the stream that the newest launch went to
   void launch_elsewhere();  // on the next one that does not stand still; on none where all do
-  void relieve();           // behind the launch that asks for it (R2)
+  void relieve();           // behind the launch that asks for it (G2)
 
   CudaServerConfig config_;
   Geometry geometry_;

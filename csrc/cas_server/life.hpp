@@ -20,9 +20,9 @@
 //
 // A request that is announced may never be pushed while the server runs: CUDA, when it loads a kernel, can have all that is
 // enqueued later wait for all that runs. Therefore:
-//   R1 a server that waits for announced requests alone, and sees none arrive for the bound of a launch, asks for relief
-//   R2 the launching thread launches once more, in the same stream, where the launch begins when the server has ended, and says so
-//   R3 then the server ends unless there is work or a pushed request (L4-L6); so it does without relief, after long, if the
+//   G1 a server that waits for announced requests alone, and sees none arrive for the bound of a launch, asks for relief
+//   G2 the launching thread launches once more, in the same stream, where the launch begins when the server has ended, and says so
+//   G3 then the server ends unless there is work or a pushed request (L4-L6); so it does without relief, after long, if the
 //      launching thread cannot launch: better that everybody depends on it than that nobody gets on
 #pragma once
 

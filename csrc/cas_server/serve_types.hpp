@@ -130,8 +130,8 @@ struct ServerHostWords {
   std::uint32_t broken;                 // as in ServerState, when `running` was taken back
   std::uint64_t served[kMaxWorld];      // ... likewise
   alignas(128) std::uint64_t begun[kServerStreams];  // by stream: the newest launch that has begun
-  std::uint64_t relief_wanted;                       // kernel: the launch that asks for one behind it (R1)
-  std::uint64_t relief_given;                        // host: the launch that has it (R2)
+  std::uint64_t relief_wanted;                       // kernel: the launch that asks for one behind it (G1)
+  std::uint64_t relief_given;                        // host: the launch that has it (G2)
   alignas(128) std::uint32_t fault;  // ServerFault; the kernel traps after writing it
   std::uint32_t fault_detail;
   alignas(128) ServerCounters counters;

@@ -47,9 +47,9 @@ __device__ inline OwnRequests own_requests(const ServerArguments& args) {
   return {__any_sync(kAllLanes, open) != 0, __any_sync(kAllLanes, arrived != wished) != 0, arrived};
 }
 
-constexpr u32 kUnrelieved = 50;  // times run_ns, after which a server gives way without relief (R3)
+constexpr u32 kUnrelieved = 50;  // times run_ns, after which a server gives way without relief (G3)
 
-// R1, R3: whether a server whose own rank's requests are announced and do not come, none since `since_ns`, gives way. By a warp.
+// G1, G3: whether a server whose own rank's requests are announced and do not come, none since `since_ns`, gives way. By a warp.
 __device__ inline bool gives_way(const ServerArguments& args, u64 since_ns, u64 now) {
   if (now - since_ns <= args.run_ns) return false;
   volatile ServerHostWords* host = args.host;

@@ -14,7 +14,6 @@ constexpr u32 kWeightBytes = 2 * kBoxBytes;               // of a stage
 constexpr u32 kRingBytes = kMaxStages * (kWeightBytes + 32 * kBoxColumns * 2);
 constexpr u32 kMultipliers = 2;                           // warpgroups that multiply
 constexpr u32 kServeThreads = 128 * (1 + kMultipliers);
-constexpr u32 kLoaders = 3;                               // two for the boxes of weights, one for activations
 constexpr u32 kBatchReaders = 1 + kMultipliers;           // the weight loaders read its headline instead
 
 // Each box of a stage changes hands by itself; the activations belong to the first box's filling and to the last one's emptying.

@@ -7,7 +7,7 @@
  *
  * The device may raise a barrier between two things that are enqueued, as it does when a kernel is loaded: what comes later, the
  * announced request and launches of the server, begins when all that came before has ended. Then the server must give way
- * (R1-R3). While a barrier stands the engine's thread is not inside the driver: both at once end by a bound of time (R3),
+ * (G1-G3). While a barrier stands the engine's thread is not inside the driver: both at once end by a bound of time (G3),
  * which has no place here.
  *
  * Holds: at most one launch serves; every request is answered, however often the server ends between and whichever launch is
@@ -39,8 +39,8 @@ byte queued[STREAMS];                /* the launch in each stream that has not b
 bool busy[STREAMS];                  /* a launch runs there */
 byte newest = 1;                     /* launches are numbered 1, 2, 3, 1, ...; not pending: it has begun to look at `life` */
 bool pending;
-bool wants[STREAMS];                 /* R1: the launch there asks for relief */
-bool relieved[STREAMS];              /* R2: it has it */
+bool wants[STREAMS];                 /* G1: the launch there asks for relief */
+bool relieved[STREAMS];              /* G2: it has it */
 bool barrier;
 byte before[STREAMS];                /* launches there that the barrier waits for */
 bool driver;                         /* the lock: the engine's thread is inside */
@@ -105,7 +105,7 @@ inline launch() {
   }
 }
 
-/* R2: behind the launch that asks, unless one is there already. */
+/* G2: behind the launch that asks, unless one is there already. */
 inline relieve(s) {
   atomic {
     wants[s] && !relieved[s] && !driver ->

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 import sidp
+from sidp._native import C
 from sidp.ffn import ACTIVATION_FUNCTIONS
 
 
@@ -50,3 +51,13 @@ def formula(x: torch.Tensor, w: dict[str, torch.Tensor], spec: sidp.FFNSpec) -> 
 def error(y: torch.Tensor, reference: torch.Tensor) -> float:
     """Largest error relative to the largest value of the reference."""
     return ((y.double() - reference).abs().max() / reference.abs().max()).item()
+
+
+def policy_model(link: float = 1e9, compute=((1, 1e-3), (64, 2e-3), (128, 4e-3))) -> C.PolicyModel:
+    """Eight layers whose fetches take long enough for CaS to pay at few rows."""
+    model = C.PolicyModel()
+    model.layers, model.remote_layers = 8, 6
+    model.fetch_bytes, model.link_bytes_per_s = 60e6, link  # 60 ms at 1 GB/s
+    model.round_trip_s, model.row_bytes = 1e-4, 1e3
+    model.compute = C.TimeTable(list(compute))
+    return model

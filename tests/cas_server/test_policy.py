@@ -6,22 +6,13 @@ import time
 
 import pytest
 import torch
-from groups import error, exact, open_pool, rows_of
+from groups import error, exact, open_pool, policy_model, rows_of
 
 import sidp
 from launch import parallel_launch
 from sidp import policy
 from sidp._native import C
 from sidp.profile import FFNTimes, MachineProfile
-
-
-def _model(link: float = 1e9, compute=((1, 1e-3), (64, 2e-3), (128, 4e-3))):
-    model = C.PolicyModel()
-    model.layers, model.remote_layers = 8, 6
-    model.fetch_bytes, model.link_bytes_per_s = 60e6, link  # 60 ms at 1 GB/s
-    model.round_trip_s, model.row_bytes = 1e-4, 1e3
-    model.compute = C.TimeTable(list(compute))
-    return model
 
 
 def test_times_between_the_points():
@@ -33,14 +24,14 @@ def test_times_between_the_points():
 
 
 def test_the_crossing_is_where_the_modes_cost_the_same():
-    model = _model()
+    model = policy_model()
     crossing = policy.crossover_rows(model)
     assert crossing is not None and crossing > 1
     for rows, was_is_better in ((crossing - 1, False), (crossing, True)):
         _, was, cas = C.predict(model, rows)
         assert (was <= cas) == was_is_better
-    assert policy.crossover_rows(_model(link=1e15)) == 1
-    assert policy.crossover_rows(_model(link=1e3), limit=128) is None
+    assert policy.crossover_rows(policy_model(link=1e15)) == 1
+    assert policy.crossover_rows(policy_model(link=1e3), limit=128) is None
 
 
 def _drive(chooser, rows: int, iterations: int, seconds: dict[str, float], clock: float) -> tuple[list[str], float]:
@@ -56,7 +47,7 @@ def _drive(chooser, rows: int, iterations: int, seconds: dict[str, float], clock
 
 
 def test_switches_down_and_back_with_the_rows():
-    chooser = C.ModePolicy(_model())
+    chooser = C.ModePolicy(policy_model())
     modes, clock = _drive(chooser, 1, 20, {"was": 60e-3, "cas": 9e-3}, 0.0)
     assert modes[0] == "was" and modes[-1] == "cas"
     modes, clock = _drive(chooser, 4096, 20, {"was": 1.0, "cas": 1.7}, clock)
@@ -66,7 +57,7 @@ def test_switches_down_and_back_with_the_rows():
 
 
 def test_every_decision_says_why():
-    chooser = C.ModePolicy(_model())
+    chooser = C.ModePolicy(policy_model())
     assert chooser.reason == "" and chooser.decisions == []
     _, clock = _drive(chooser, 1, 20, {"was": 60e-3, "cas": 9e-3}, 0.0)
     runs = chooser.decisions
@@ -81,7 +72,7 @@ def test_every_decision_says_why():
 
 
 def test_a_pinned_mode_holds_until_it_is_let_go():
-    chooser = C.ModePolicy(_model())
+    chooser = C.ModePolicy(policy_model())
     chooser.pin("cas")
     modes, clock = _drive(chooser, 4096, 6, {"was": 1.0, "cas": 1.7}, 0.0)
     assert set(modes) == {"cas"} and chooser.best_is_cas(4096) and "pinned" in chooser.reason
@@ -93,7 +84,7 @@ def test_a_pinned_mode_holds_until_it_is_let_go():
 
 
 def test_a_wrong_guess_is_taken_back_and_not_repeated():
-    chooser = C.ModePolicy(_model())
+    chooser = C.ModePolicy(policy_model())
     modes, _ = _drive(chooser, 1, 300, {"was": 60e-3, "cas": 200e-3}, 0.0)  # CaS promises 7 ms and takes 200
     assert modes[-1] == "was"
     assert chooser.switches == 2
@@ -101,7 +92,7 @@ def test_a_wrong_guess_is_taken_back_and_not_repeated():
 
 
 def test_a_small_promise_changes_nothing():
-    model = _model()
+    model = policy_model()
     crossing = policy.crossover_rows(model)
     chooser = C.ModePolicy(model)
     modes, _ = _drive(chooser, crossing - 1, 50, {"was": 60e-3, "cas": 58e-3}, 0.0)

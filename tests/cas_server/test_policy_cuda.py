@@ -4,20 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from groups import policy_model
 
-from sidp._native import C
 from sidp.cas_cuda import Sent
 from sidp.policy_cuda import CudaPolicy
-
-
-def slow_link() -> C.PolicyModel:
-    """Fetching takes long enough for CaS to pay at one row, not at thousands."""
-    model = C.PolicyModel()
-    model.layers, model.remote_layers = 8, 6
-    model.fetch_bytes, model.link_bytes_per_s = 60e6, 1e9
-    model.round_trip_s, model.row_bytes = 1e-4, 1e3
-    model.compute = C.TimeTable([(1, 1e-3), (64, 2e-3), (128, 4e-3)])
-    return model
 
 
 @pytest.mark.parametrize(
@@ -30,5 +20,5 @@ def test_a_graph_takes_cas_only_where_kernels_are_loaded_at_the_start(monkeypatc
         monkeypatch.delenv("CUDA_MODULE_LOADING", raising=False)
     else:
         monkeypatch.setenv("CUDA_MODULE_LOADING", loading)
-    chooser = CudaPolicy(slow_link(), lambda: Sent(0, 0, 0, 0.0))
+    chooser = CudaPolicy(policy_model(), lambda: Sent(0, 0, 0, 0.0))
     assert [chooser.enter(layer, rows) for layer in range(8)] == [expected] * 8
