@@ -64,6 +64,13 @@ def mps(wanted: bool):
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def device_memory() -> int:
+    """Bytes of the smallest GPU, without a CUDA context of our own."""
+    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    lines = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()
+    return min(int(line) for line in lines) << 20
+
+
 def environment(dry_run: bool) -> dict:
     """Without a CUDA context of our own, which would take memory from the rows."""
     import torch

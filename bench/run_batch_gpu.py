@@ -27,7 +27,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from answers import answers_of
-from run_batch_device import environment, measure_context, mps
+from run_batch_device import device_memory, environment, measure_context, mps
 from run_batch_rows import TINY, Row, host_tier, node, one_gpu, shortened, small, two_gpus
 
 HERE = Path(__file__).resolve().parent
@@ -231,7 +231,7 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU")
     args = parser.parse_args()
     if args.devices > 2:
-        rows = node(args.devices)
+        rows = node(args.devices, 141_000_000_000 if args.dry_run else device_memory())
     else:
         rows = two_gpus() if args.devices == 2 else host_tier() if args.suite == "host" else one_gpu()
     rows = [row for row in rows if not args.rows or any(text in row.name for text in args.rows)]

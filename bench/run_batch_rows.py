@@ -88,12 +88,15 @@ def two_gpus() -> list[Row]:
     ]
 
 
-def node(gpus: int) -> list[Row]:
-    """One rank on each of `gpus` GPUs of 141 GB. 32B as 80 GB cards would have it, and 70B, which no rank can hold alone there."""
+def node(gpus: int, memory: int) -> list[Row]:
+    """One rank on each of `gpus` GPUs of `memory` bytes. 32B as 80 GB cards have it, and 70B, which no rank can hold alone."""
     here = f"x{gpus}"
     short = _tight(gpus, 120)
+    if memory < 100e9:
+        name = f"32B {here} 1K"
+        short = replace(short, name=f"{name} replicated", pair=name, utilization=0.9)
     long = replace(
-        short, name=f"32B {here} 4K at 0.55 replicated", pair=f"32B {here} 4K at 0.55", prompt=3584, answer=512,
+        short, name=short.name.replace("1K", "4K"), pair=short.pair.replace("1K", "4K"), prompt=3584, answer=512,
         requests=36 * gpus, estimate_s=200,
     )  # fmt: skip
     large = Row(f"70B {here} 1K replicated", f"70B {here} 1K", "Llama-3.1-70B", gpus, False, 64 * gpus, 768, 256, 60)
