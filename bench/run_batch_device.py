@@ -24,12 +24,13 @@ sys.stdin.readline()
 """
 
 
-def measure_context(ranks: int) -> tuple[int, int]:
-    """(bytes that one of `ranks` processes on a GPU takes before it holds anything, the GPU's).
+def measure_context(ranks: int, eager: bool) -> tuple[int, int]:
+    """(bytes that one of `ranks` processes on a GPU takes before it holds anything, the GPU's). `eager`: with all kernels loaded.
 
     Processes are started one after another, all alive at the end, whose memory is divided by their number.
     """
     started, used, total = [], 0, 0
+    environment = os.environ | {"CUDA_MODULE_LOADING": "EAGER" if eager else "LAZY"}
     try:
         for _ in range(ranks):
             process = subprocess.Popen(
@@ -37,6 +38,7 @@ def measure_context(ranks: int) -> tuple[int, int]:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
+                env=environment,
             )
             started.append(process)
             used, total = map(int, process.stdout.readline().split())

@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from answers import answers_of
@@ -40,7 +40,7 @@ class Bench:
         self.args, self.scratch = args, scratch
         self.end = time.monotonic() + args.budget_s
         self.answers: dict[str, dict[str, str]] = {}
-        self.device: dict[int, tuple[int, int]] = {}
+        self.device: dict[tuple[int, bool], tuple[int, int]] = {}
 
     def run(self, row: Row) -> dict:
         """The row as plain values: figures, or `status` with the reason why there are none."""
@@ -93,11 +93,16 @@ class Bench:
             raise RowFailed("does not fit: " + next(line for line in reasons if "fit" in line or "emory" in line)[:300])
         if process.returncode != 0 or not summary.exists():
             raise RowFailed(f"failed ({process.returncode}): " + " | ".join(reasons[-4:])[:800])
-        return _figures(json.loads(summary.read_text()))
+        told = json.loads(summary.read_text())
+        if told["requests"]["succeeded"] != row.requests:
+            raise RowFailed(f"failed: {told['requests']}")
+        return _figures(told)
 
     def _write_input(self, row: Row, path: Path) -> None:
         rng = random.Random(row.pair)  # rows of a pair get the same prompts
-        vocabulary = TINY["vocab_size"] if self.args.dry_run else 150_000
+        from sidp.planner.presets import preset
+
+        vocabulary = (TINY if self.args.dry_run else preset(row.model))["vocab_size"]
         with open(path, "w") as file:
             for number in range(row.requests):
                 tokens = [rng.randrange(1, vocabulary) for _ in range(row.prompt)]
@@ -138,7 +143,8 @@ class Bench:
         from sidp.planner.gpus import GPU
         from sidp.planner.models import load_model
 
-        context, memory = self._device(row.ranks_per_gpu)
+        eager = row.pooled and "was" not in row.options and "--enforce-eager" not in row.options  # as run-batch decides
+        context, memory = self._device(row.ranks_per_gpu, eager)
         deployment = Deployment(
             model=load_model(str(self._model(row, folder))),
             gpu=GPU("measured", memory, 3e12, 6e14, 3.75e11, "this device"),
@@ -158,11 +164,11 @@ class Bench:
         if plan.node_kv_tokens:
             result["measured_to_predicted"] = round(result["kv_tokens"] / plan.node_kv_tokens, 4)
 
-    def _device(self, ranks: int) -> tuple[int, int]:
+    def _device(self, ranks: int, eager: bool) -> tuple[int, int]:
         """Measured here: (bytes that one of `ranks` processes on a GPU takes before it holds anything, the GPU's)."""
-        if ranks not in self.device:
-            self.device[ranks] = measure_context(ranks)
-        return self.device[ranks]
+        if (ranks, eager) not in self.device:
+            self.device[ranks, eager] = measure_context(ranks, eager)
+        return self.device[ranks, eager]
 
 
 class RowFailed(Exception):
@@ -227,6 +233,7 @@ def main() -> None:
     parser.add_argument("--budget-s", type=float, default=200.0, help="no row starts that would not end within it")
     parser.add_argument("--rows", nargs="+", metavar="TEXT", help="only rows whose names hold one of these")
     parser.add_argument("--answer", type=int, metavar="N", help="answers of N tokens in every row, to shorten it")
+    parser.add_argument("--eager", action="store_true", help="without CUDA graphs, in every row")
     parser.add_argument("--json", metavar="FILE", help="write the results there")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU")
     args = parser.parse_args()
@@ -237,6 +244,8 @@ def main() -> None:
     rows = [row for row in rows if not args.rows or any(text in row.name for text in args.rows)]
     if args.answer:
         rows = [shortened(row, args.answer) for row in rows]
+    if args.eager:
+        rows = [replace(row, options=(*row.options, "--enforce-eager")) for row in rows]
     if args.dry_run:
         rows = [small(row) for row in rows]
     results: list[dict] = []

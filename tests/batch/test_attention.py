@@ -7,6 +7,7 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers", minversion="5.17")
 
+from test_decode import reference_pages  # noqa: E402
 from test_engine import END, VOCABULARY, finish, greedy, options, ticket  # noqa: E402
 
 from sidp.batch import attention  # noqa: E402
@@ -46,14 +47,20 @@ def make_model(kind, **fields):
 @pytest.mark.parametrize("batch_tokens", [16, 512], ids=["prompts in pieces", "prompts whole"])
 @pytest.mark.parametrize("kind, fields", [("Llama", {}), ("Mistral", {"sliding_window": 9})], ids=["llama", "window"])
 def test_tokens_are_those_of_a_plain_forward(monkeypatch, kind, fields, batch_tokens):
-    calls = []
+    calls, in_place = [], []
 
     def counted(*arguments):
         calls.append(arguments[0].shape[0])
         return by_definition(*arguments)
 
+    def counted_in_place(query, keys, values, plan, page, scale):
+        in_place.append(plan.pages)
+        return reference_pages(query, keys, values, plan, page, scale)
+
     monkeypatch.setattr(attention, "kind", lambda model: "torch")
     monkeypatch.setattr(attention, "_flash", counted)
+    monkeypatch.setattr(attention, "_flash_pages", counted_in_place)
+    monkeypatch.setattr(attention, "DECODE_PAGE", 16)
     model = make_model(kind, **fields)
     engine = PagedEngine(
         copy.deepcopy(model), Codec(None, {END}, 128, VOCABULARY), options(grouped=False, batch_tokens=batch_tokens)
@@ -63,6 +70,8 @@ def test_tokens_are_those_of_a_plain_forward(monkeypatch, kind, fields, batch_to
     finally:
         engine.close()
     assert done == {i: greedy(model, prompt, 5 + 3 * i) for i, prompt in enumerate(PROMPTS)}
+    # Where every layer sees all keys, decode steps read the cache in place, over as many pages as the longest request has.
+    assert set(in_place) == ({1, 2, 3, 4} if kind == "Llama" else set())
     assert max(calls) > 4 and max(calls) <= batch_tokens  # several sequences in one call, as many rows as are allowed
 
 

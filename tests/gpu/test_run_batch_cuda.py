@@ -49,6 +49,30 @@ def test_the_kernel_against_float64(window):
         q_at, k_at = q_at + q_len, k_at + k_len
 
 
+@pytest.mark.parametrize("heads", [4, 20])
+def test_decode_in_place_against_float64(heads):
+    """Keys in pages anywhere in a cache; lengths around a page's end; rows that only fill up the batch."""
+    kv_heads, width, page = 4, 128, attention.DECODE_PAGE
+    lengths = [1, page - 1, page, page + 1, random.randrange(2, 6 * page), 5 * page, 0, 0]
+    order = random.sample(range(64), 64)
+    table = torch.full((len(lengths), 9), -1, dtype=torch.int32)
+    for row, length in enumerate(lengths):
+        for place in range(-(-length // page)):
+            table[row, place] = order.pop()
+    keys, values = torch.randn(2, 64 * page, kv_heads, width, device="cuda", dtype=torch.bfloat16)
+    query = torch.randn(len(lengths), heads, width, device="cuda", dtype=torch.bfloat16)
+    ends = torch.tensor([0, *lengths]).cumsum(0).int().cuda()
+    plan = attention.plan_decode(table.cuda(), ends, 6, page, heads // kv_heads)
+    got = attention.attend(query, keys, values, plan, page, width**-0.5)
+    for row, length in enumerate(lengths):
+        of = row if length else 0
+        index = [int(table[of, at // page]) * page + at % page for at in range(lengths[of])]
+        k, v = (t[index].double().repeat_interleave(heads // kv_heads, 1) for t in (keys, values))
+        weights = (torch.einsum("hd,khd->hk", query[row].double(), k) * width**-0.5).softmax(-1)
+        expected = torch.einsum("hk,khd->hd", weights, v)
+        assert (got[row].double() - expected).norm() <= 0.01 * expected.norm(), f"row {row} of {length} keys"
+
+
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
     folder = tmp_path_factory.mktemp("work")
@@ -96,3 +120,40 @@ def test_continuous_batching_answers_all(work, mode):
     )
     assert all(len(text.split()) == 8 + int(name[1:]) % 5 for name, text in texts.items())
     assert summary["output_tokens"] == sum(8 + n % 5 for n in range(24)) and summary["preemptions"] == 0
+
+
+def test_replayed_steps_give_the_tokens_of_steps_that_are_not_captured(work):
+    """One engine, the same requests in the same groups: with graphs, and with every decode step run by the host."""
+    from sidp.batch import decode
+    from sidp.batch.engine import EngineOptions, PagedEngine, Ticket
+    from sidp.batch.records import Defaults, parse_row
+    from sidp.batch.text import Codec
+    from sidp.hf.dummy import dummy_model
+
+    model = dummy_model(str(work), torch.bfloat16, torch.device("cuda"))
+    codec = Codec(None, set(), 4096, SHAPE["vocab_size"])
+    rng = random.Random(5)
+    rows = [{"prompt": [rng.randrange(2000) for _ in range(rng.choice((5, 127, 128, 300)))], "max_tokens": 140,
+             "ignore_eos": True, "temperature": 0.7 * (n % 2), "seed": n} for n in range(11)]  # fmt: skip
+
+    def answers(captures: bool):
+        options = EngineOptions(
+            grouped=True, max_batch=11, kv_bytes=2**28, samples=True, filters=False, mean_cost=300, batch_tokens=2048
+        )
+        engine = PagedEngine(model, codec, options)
+        assert isinstance(engine._steps, decode.DecodeSteps)
+        engine._steps.captures = captures
+        requests = [parse_row(json.dumps(row).encode(), n, Defaults()).request for n, row in enumerate(rows)]
+        engine.submit([Ticket(n, request, request.prompt, 140) for n, request in enumerate(requests)])
+        tokens: dict[int, list[int]] = {}
+        while len(tokens) < len(rows):
+            for finished in engine.poll(60.0):
+                assert finished.error is None
+                tokens[finished.ticket.item] = finished.tokens
+        graphs = len(engine._steps._graphs)
+        engine.close()
+        return tokens, graphs
+
+    expected, none = answers(False)
+    got, captured = answers(True)
+    assert got == expected and none == 0 and captured >= 2

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError, SidpError
-from . import attention
+from . import attention, decode
 from .memory import kv_bytes_per_token
 from .paged import batching_config, install_sampling, page_of, queue_all, request_state
 from .records import Request
@@ -57,7 +57,8 @@ class Finished:
 @dataclass(frozen=True)
 class EngineOptions:
     """`grouped`: requests run in fixed groups, so that no token depends on timing. `max_batch` None: what the KV
-    cache holds. `kv_bytes` is the KV cache's size; `batch_tokens` None takes the device's default.
+    cache holds. `kv_bytes` is the KV cache's size; `batch_tokens` None takes the device's default. `graphs`: decode steps
+    are captured in CUDA graphs where that can be done.
     """
 
     grouped: bool
@@ -67,6 +68,7 @@ class EngineOptions:
     filters: bool
     mean_cost: int
     batch_tokens: int | None = None
+    graphs: bool = True
 
 
 def default_batch_tokens(device: torch.device) -> int:
@@ -76,6 +78,8 @@ def default_batch_tokens(device: torch.device) -> int:
 
 def page_tokens(model) -> int:
     """Tokens of a page of its KV cache."""
+    if decode.in_place(model):
+        return attention.DECODE_PAGE
     return _FLASH_ATTN_PAGE if attention.kind(model) == "package" else _PAGE
 
 
@@ -85,7 +89,7 @@ class PagedEngine:
     Raises ConfigError where transformers cannot run this model so.
     """
 
-    def __init__(self, model, codec: Codec, options: EngineOptions) -> None:
+    def __init__(self, model, codec: Codec, options: EngineOptions, pool=None) -> None:
         self._codec = codec
         self._options = options
         self._tickets: dict[str, Ticket] = {}
@@ -94,16 +98,25 @@ class PagedEngine:
         self.preemptions = 0
         self.output_tokens = 0
         self._batch_tokens = options.batch_tokens or default_batch_tokens(model.device)
-        self.request_limit = min(_request_limit(model, options), self._batch_tokens)
+        self._page = page_tokens(model)
+        self.request_limit = min(_request_limit(model, self._page, options), self._batch_tokens)
         self._ahead = max(_QUEUED_AHEAD, 2 * self._batch_tokens // max(1, options.mean_cost))  # more than a step takes
         try:
             self._manager = self._make_manager(model)
-            self._manager.warmup()  # allocates the cache; captures graphs where the device has them
+            in_place = decode.in_place(model)
+            if in_place:
+                decode.prepare(self._manager, self._page)
+            self._manager.warmup()  # allocates the cache
+            self._steps = decode.DecodeSteps(self._manager, pool, self._page, options.graphs) if in_place else None
         except (ImportError, AttributeError, TypeError, ValueError, KeyError, MemoryError) as error:
             raise ConfigError(
                 f"transformers' continuous batching cannot run this model here ({type(error).__name__}: {error}); try "
                 "--batching padded"
             ) from error
+        # Requests join a step's worth of prompts at a time: a step with a prompt in it is no pure decode step.
+        self._joining = 1
+        if self._steps is not None:
+            self._joining = max(1, min(self._batch_tokens // max(1, options.mean_cost), self.request_limit // 8))
         cache = self._manager.batch_processor.cache
         self.kv_capacity = int(cache.num_blocks * page_of(self._manager.continuous_batching_config))
         self._manager.start()
@@ -113,10 +126,9 @@ class PagedEngine:
 
         if attention.kind(model) == "torch":
             attention.use_torch_flash(model)
-        page = page_tokens(model)
         config = batching_config(
-            page,
-            num_blocks=max(2, self._options.kv_bytes // (kv_bytes_per_token(model) * page)),
+            self._page,
+            num_blocks=max(2, self._options.kv_bytes // (kv_bytes_per_token(model) * self._page)),
             max_batch_tokens=self._batch_tokens,
             max_requests_per_batch=self.request_limit,
             max_memory_percent=1.0,  # how much there is to take was decided for all ranks of the device (memory.py)
@@ -124,7 +136,7 @@ class PagedEngine:
             allow_block_sharing=not self._options.grouped,
             safety_margin=0.0,  # the request limit keeps the cache from overflowing
             use_async_batching=False,
-            use_cuda_graph=False,
+            use_cuda_graph=False,  # decode.py has its own
         )
         # Ends and limits are per request; do_sample=False since sampling is ours (sampling.py).
         generation = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=1)
@@ -144,6 +156,8 @@ class PagedEngine:
         free = self.request_limit - len(self._tickets)
         if self.grouped:
             return free if not self._tickets else 0
+        if self._tickets and free < self._joining:
+            return 0
         return min(free, self._ahead - self._waiting())
 
     def submit(self, tickets: list[Ticket]) -> None:
@@ -212,16 +226,22 @@ class PagedEngine:
     def close(self) -> None:
         """Ends the generation thread after its current step; requests in flight are dropped."""
         self._manager.stop(block=True, timeout=_STOP_S, hard_stop=True)
+        if self._steps is not None:
+            self._steps.close()
+
+    @property
+    def replayed_calls(self) -> dict[str, int]:
+        """FFN calls by mode that CUDA graphs made, which the pool did not see."""
+        return {} if self._steps is None else dict(self._steps.calls)
 
 
-def _request_limit(model, options: EngineOptions) -> int:
+def _request_limit(model, page: int, options: EngineOptions) -> int:
     """Requests in one batch: as many of the mean length as the KV cache holds, and no more than was asked for.
 
     A fixed group is run whole, in turns where the cache is too small for it.
     """
     if options.grouped and options.max_batch is not None:
         return options.max_batch
-    page = page_tokens(model)
     pages = options.kv_bytes // (kv_bytes_per_token(model) * page)
     of_request = -(-options.mean_cost // page) + 1  # the engine is a page ahead of a request
     return min(options.max_batch or _MOST_REQUESTS, max(1, pages // of_request))

@@ -48,7 +48,7 @@ def load(job, rank: int) -> Loaded:
         if pool is not None:
             pool.__exit__(type(error), error, None)
         raise
-    return Loaded(model, pool, codec, lambda board: _engine(job, board, model, codec))
+    return Loaded(model, pool, codec, lambda board: _engine(job, board, pool, model, codec))
 
 
 def choose_device(backend: str, rank: int) -> torch.device:
@@ -130,7 +130,7 @@ def _first_forward(model) -> None:
     model(input_ids=torch.zeros((1, 2), dtype=torch.int64, device=model.device), use_cache=False)
 
 
-def _engine(job, board: Board, model, codec: Codec):
+def _engine(job, board: Board, pool, model, codec: Codec):
     # On a CPU a step is long and batches are small: what repeats exactly is worth more than what is always full.
     batching = job.batching
     if batching == "auto":
@@ -146,11 +146,12 @@ def _engine(job, board: Board, model, codec: Codec):
         filters=job.filters,
         mean_cost=job.mean_cost,
         batch_tokens=job.batch_tokens,
+        graphs=job.graphs,
     )
     if batching == "padded":
         return PaddedEngine(model, codec, options)
     with contextlib.suppress(ConfigError) if job.batching == "auto" else contextlib.nullcontext():
-        return PagedEngine(model, codec, options)
+        return PagedEngine(model, codec, options, pool)
     logger.warning("sidp: %s cannot run with a paged KV cache; padded batches instead", type(model).__name__)
     return PaddedEngine(model, codec, options)
 

@@ -49,6 +49,10 @@ class PaddedEngine:
     def close(self) -> None:
         self._batch = []
 
+    @property
+    def replayed_calls(self) -> dict[str, int]:
+        return {}
+
     @torch.inference_mode()
     def _run(self, batch: list[Ticket]) -> list[Finished]:
         width = max(len(ticket.prompt) for ticket in batch)

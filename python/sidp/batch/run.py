@@ -46,6 +46,7 @@ class Options:
     kv_bytes: int | None = None
     utilization: float = 0.9
     batch_tokens: int | None = None
+    graphs: bool = True
     defaults: Defaults = field(default_factory=Defaults)
     metrics_host: str = "127.0.0.1"
     metrics_port: int | None = None
@@ -143,6 +144,7 @@ def _prepare(options: Options, scratch: Path, world: int | None = None) -> tuple
         samples=work.samples,
         filters=work.filters,
         mean_cost=work.mean_cost,
+        graphs=options.graphs,
     )
     if options.progress:
         already = f", {work.done_before} answered before" if work.done_before else ""

@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import math
+import os
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -47,11 +48,17 @@ class Job:
     samples: bool
     filters: bool
     mean_cost: int
+    graphs: bool = True
 
     @property
     def survives(self) -> bool:
         """Whether ranks go on when another one dies."""
         return not self.pooled or PoolConfig(**self.pool_config).redundancy > 0
+
+    @property
+    def may_send_from_graphs(self) -> bool:
+        """Whether a captured step may take CaS, for which kernels must be loaded at the start (policy_cuda.py)."""
+        return self.graphs and self.pooled and self.backend != "cpu" and PoolConfig(**self.pool_config).mode != "was"
 
     def to_json(self) -> bytes:
         return json.dumps(asdict(self)).encode()
@@ -63,6 +70,8 @@ class Job:
 
 def serve(context: Any, job: Job) -> None:
     """Collective in a pooled run. Raises SidpError; what was settled until then is in the output."""
+    if job.may_send_from_graphs:
+        os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")  # before CUDA's first call
     board = Board(job.board)
     board.join(context.rank)
     with contextlib.ExitStack() as stack:
@@ -200,16 +209,14 @@ class _Loop:
         if busy:
             self.board.report(busy_seconds=time.monotonic() - self._begin)
         if self.pool is not None:
-            self.board.report(**pool_figures(self.pool))
+            self.board.report(**pool_figures(self.pool, self.engine.replayed_calls))
 
 
-def pool_figures(pool) -> dict[str, float]:
-    """The pool's statistics under the board's names."""
+def pool_figures(pool, replayed: dict[str, int]) -> dict[str, float]:
+    """The pool's statistics under the board's names; `replayed` are calls that it did not see."""
     stats = pool.stats()
-    return {
-        "calls_local": stats.calls.get("local", 0),
-        "calls_was": stats.calls.get("was", 0),
-        "calls_cas": stats.calls.get("cas", 0),
+    calls = {f"calls_{mode}": stats.calls.get(mode, 0) + replayed.get(mode, 0) for mode in ("local", "was", "cas")}
+    return calls | {
         "stalls": stats.stalls,
         "stall_seconds": stats.stall_seconds,
         "fetched_bytes": stats.fetched_bytes,

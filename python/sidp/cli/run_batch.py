@@ -91,6 +91,7 @@ def _engine(group) -> None:
         metavar="N",
         help="prompt and new tokens of one step at most (default: 2048, 512 on CPUs)",
     )
+    group.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs for decode steps")
 
 
 def _pool(group) -> None:
@@ -191,6 +192,7 @@ def _options(args: argparse.Namespace, batch):
         kv_bytes=None if args.kv_memory_gib is None else int(args.kv_memory_gib * 2**30),
         utilization=args.gpu_memory_utilization,
         batch_tokens=args.max_batched_tokens,
+        graphs=not args.enforce_eager,
         defaults=Defaults(args.max_tokens, args.temperature, args.top_p, args.seed, args.chat),
         metrics_host=args.metrics_host,
         metrics_port=args.metrics_port,

@@ -1,0 +1,131 @@
+"""Decode steps of the paged engine on CUDA: the cache is read where it lies, and a step is one CUDA graph.
+
+A step in which every request has one new token is the same work step after step, thousands of small kernels whose
+launching takes the host longer than the GPU needs for them. transformers' engine already keeps such steps apart, with a table of
+pages instead of an index for every key, where the flash-attn package is installed; here torch's own kernel reads the pages
+(attention.py), and the step is captured once for each size of batch and replayed. Steps with prompts in them run as before.
+
+A captured step keeps the mode (WaS or CaS) that the pool took for its rows while it was captured.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections import Counter
+from typing import Any
+
+import torch
+
+from ..errors import SidpError
+from . import attention
+
+logger = logging.getLogger(__name__)
+
+_LONGEST = 131072  # tokens of a request; longer ones decode as before
+
+
+def in_place(model: Any) -> bool:
+    """Whether decode steps of this model will be those of here; old releases of transformers do not keep them apart."""
+    from transformers import ContinuousBatchingConfig
+
+    apart = "max_blocks_per_request" in ContinuousBatchingConfig.__dataclass_fields__
+    return apart and attention.decodes_in_place(model)
+
+
+def prepare(manager: Any, page: int) -> None:
+    """Before the engine allocates: have it keep decode steps apart, though it does not know the kernel that serves them."""
+    manager.continuous_batching_config.max_blocks_per_request = _LONGEST // page
+
+
+def round_up(count: int, limit: int) -> int:
+    """The next of 1 ... 8, 10, 12, 14, 16, 20, 24, 28, 32, 40 ...: few graphs, and at most a fifth too much."""
+    step = 1 << max(0, (count - 1).bit_length() - 3)
+    return min(-(-count // step) * step, limit)
+
+
+class DecodeSteps:
+    """Takes over the decode steps of a manager that has been warmed up.
+
+    Attributes:
+        captures: whether steps are captured; on CUDA, until that fails.
+        calls: FFN calls by mode in replayed steps, which the pool's own count does not see.
+    """
+
+    def __init__(self, manager: Any, pool: Any, page: int, graphs: bool) -> None:
+        processor = manager.batch_processor
+        self._runner, self._ios = processor.model_runner, processor.inputs_and_outputs
+        self._limit = self._runner.cb_config.max_requests_per_batch
+        self._pool, self._page = pool, page
+        self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Counter]] = {}
+        self.captures = graphs and self._ios.compute_stream is not None
+        self._memory = torch.cuda.graph_pool_handle() if self.captures else None
+        self.calls: Counter = Counter()
+        self._compute_other = self._runner.compute_batch
+        self._take_tokens = self._ios.prepare_batch_update
+        self._runner.maybe_pad_inputs = self._pad
+        self._runner.compute_batch = self._compute
+        self._ios.prepare_batch_update = self._tokens
+
+    def _pad(self, rows: int, keys: int, use_decode_fast_path: bool) -> tuple[int, int]:
+        self._runner.pad_inputs = use_decode_fast_path
+        return (round_up(rows, self._limit), 0) if use_decode_fast_path else (rows, keys)
+
+    def _compute(self, model: Any, batch_data: dict[str, Any]) -> None:
+        stream = self._ios.compute_stream
+        if stream is not None:  # inputs were written in another stream
+            stream.wait_stream(torch.cuda.current_stream())
+        if not self._ios.use_block_table:
+            self._compute_other(model, batch_data)
+            return
+        if self._runner.supports_logits_to_keep(model):
+            batch_data["logits_to_keep"] = batch_data["logits_indices"]
+        longest = max(future.state.position_offset for future in self._ios.requests_in_batch)
+        pages = round_up(-(-longest // self._page), _LONGEST // self._page)
+        key = (self._ios.num_q_tokens, pages)
+        with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
+            if key in self._graphs:
+                graph, calls = self._graphs[key]
+                graph.replay()
+                self.calls.update(calls)
+                return
+            attention.step.pages = pages
+            args = (model, batch_data, *self._ios.get_cb_kwargs())
+            self._runner._forward_process_and_sample(*args)
+            if self.captures:
+                self._capture(key, args, stream)
+
+    def _capture(self, key: tuple[int, int], args: tuple, stream: torch.cuda.Stream) -> None:
+        """The step has run already; this records it for the next time."""
+        stream.synchronize()
+        before = self._count()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
+            try:
+                self._runner._forward_process_and_sample(*args)
+            finally:
+                graph.capture_end()
+        except SidpError:
+            raise
+        except RuntimeError as error:  # torch.OutOfMemoryError among them
+            self.captures = False
+            logger.warning("sidp: decode steps run without CUDA graphs from now on: %s", error)
+            return
+        self._graphs[key] = graph, self._count() - before
+
+    def _count(self) -> Counter:
+        return Counter() if self._pool is None else Counter(self._pool.stats().calls)
+
+    def _tokens(self):
+        """A replay raises nothing: what went wrong in it is looked for before its tokens are used."""
+        tokens = self._take_tokens()
+        if self._pool is not None and self._pool.active:
+            self._pool.check()
+        return tokens
+
+    def close(self) -> None:
+        """Frees the graphs; the engine must have stopped."""
+        for graph, _ in self._graphs.values():
+            graph.reset()
+        self._graphs.clear()
