@@ -42,9 +42,9 @@ def one_gpu() -> list[Row]:
     long = replace(fourteen, requests=64)
     return [
         fourteen,
-        _pooled(fourteen, 38),
+        _pooled(fourteen, 40),
         eight,
-        _pooled(eight, 32),
+        _pooled(eight, 45),
         same,
         _pooled(same, 16),
         replace(long, name="14B x2 2K replicated", pair="14B x2 2K", prompt=1536, answer=512, estimate_s=60),
@@ -91,7 +91,7 @@ def two_gpus() -> list[Row]:
 def node(gpus: int, memory: int) -> list[Row]:
     """One rank on each of `gpus` GPUs of `memory` bytes. 32B as 80 GB cards have it, and 70B, which no rank can hold alone."""
     here = f"x{gpus}"
-    short = _tight(gpus, 120)
+    short = _tight(gpus, 75)
     if memory < 100e9:
         name = f"32B {here} 1K"
         short = replace(short, name=f"{name} replicated", pair=name, utilization=0.9)
@@ -99,9 +99,9 @@ def node(gpus: int, memory: int) -> list[Row]:
         short, name=short.name.replace("1K", "4K"), pair=short.pair.replace("1K", "4K"), prompt=3584, answer=512,
         requests=36 * gpus, estimate_s=200,
     )  # fmt: skip
-    large = Row(f"70B {here} 1K replicated", f"70B {here} 1K", "Llama-3.1-70B", gpus, False, 64 * gpus, 768, 256, 60)
+    large = Row(f"70B {here} 1K replicated", f"70B {here} 1K", "Llama-3.1-70B", gpus, False, 64 * gpus, 768, 256, 25)
     rows = []
-    for row, estimate_s in ((short, 90), (large, 130), (long, 150)):
+    for row, estimate_s in ((short, 75), (large, 80), (long, 150)):
         striped = _pooled(row, estimate_s, "auto")
         striped = replace(striped, name=striped.name + " striped", options=(*striped.options, "--placement", "striped"))
         rows += [row, _pooled(row, estimate_s, "was"), _pooled(row, estimate_s, "auto"), striped]

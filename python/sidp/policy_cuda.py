@@ -8,6 +8,7 @@ behind a kernel that is being loaded, for that very replay.
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable
 from functools import partial
@@ -28,9 +29,14 @@ _SAMPLE_EVERY = 16  # iterations
 _SETTLED = 2  # iterations after a switch that are not timed: the ring is cold, the servers asleep
 
 
+_LAZY = 2  # CU_MODULE_LAZY_LOADING
+
+
 def loads_lazily() -> bool:
-    """Whether CUDA loads a kernel at its first use."""
-    return os.environ.get("CUDA_MODULE_LOADING", "LAZY").upper() != "EAGER"
+    """Whether CUDA loads a kernel at its first use. The driver is asked: what it found at its start counts, not the environment."""
+    mode = ctypes.c_int(_LAZY)
+    failed = ctypes.CDLL("libcuda.so.1").cuModuleGetLoadingMode(ctypes.byref(mode))
+    return bool(failed) or mode.value == _LAZY
 
 
 def _seconds(run: Callable[[], object]) -> float:

@@ -5,9 +5,12 @@ Needs a GPU and an extension built with CUDA; about a minute. Ranks share the GP
 
 import json
 import math
+import os
 import random
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -20,7 +23,7 @@ from sidp.batch import attention  # noqa: E402
 DEADLINE_S = 150
 SHAPE = {
     "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "vocab_size": 2000, "hidden_size": 512,
-    "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 2,
+    "intermediate_size": 6144, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 2,
     "head_dim": 64, "tie_word_embeddings": False, "max_position_embeddings": 4096, "dtype": "bfloat16",
 }  # fmt: skip
 
@@ -120,6 +123,45 @@ def test_continuous_batching_answers_all(work, mode):
     )
     assert all(len(text.split()) == 8 + int(name[1:]) % 5 for name, text in texts.items())
     assert summary["output_tokens"] == sum(8 + n % 5 for n in range(24)) and summary["preemptions"] == 0
+
+
+@pytest.mark.parametrize("backup", ["peer", "host"])
+def test_a_pool_with_backups_loses_no_request(work, backup):
+    """A rank is killed in the middle; the other answers what it had, and every token is a replicated run's."""
+    rows = [{"id": f"k{n}", "prompt": [n + 1] * 9, "max_tokens": 150, "ignore_eos": True} for n in range(24)]
+    source, output, summary = work / "killed.jsonl", work / "killed.out", work / "killed.json"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    output.unlink(missing_ok=True)
+    words = [sys.executable, "-m", "sidp.cli", "run-batch", "-i", source, "--model", work, "--load-format", "dummy", "--dp", "2",
+             "--batching", "grouped", "--group-size", "1", "--gpu-memory-utilization", "0.3", "--summary", summary]  # fmt: skip
+    pooled = ["--mode", "was", "--slots", "1", "--redundancy", "1", "--backup", backup]
+    process = subprocess.Popen([*map(str, words), "-o", str(output), *pooled], stderr=subprocess.PIPE, text=True)
+    try:
+        end = time.monotonic() + DEADLINE_S
+        while not output.exists() or output.read_bytes().count(b"\n") < 4:
+            assert time.monotonic() < end and process.poll() is None, process.communicate()
+            time.sleep(0.01)
+        listed = subprocess.run(
+            ["ps", "-ww", "-o", "pid=,args=", "--ppid", str(process.pid)], capture_output=True, text=True
+        )
+        ranks = sorted(int(line.split()[0]) for line in listed.stdout.splitlines() if "spawn_main" in line)
+        os.kill(ranks[0], signal.SIGKILL)
+        _, stderr = process.communicate(timeout=DEADLINE_S)
+    finally:
+        process.kill()
+    told = json.loads(summary.read_text())
+    assert list(told["failed_ranks"]) == ["0"] and "goes on without it" in stderr, stderr[-3000:]
+    assert told["pool_active"] and told["requests"]["succeeded"] == len(rows), told["requests"]
+    whole = work / "whole.out"
+    ran = subprocess.run(
+        [*map(str, words), "-o", str(whole), "--overwrite", "--no-pool"], capture_output=True, timeout=DEADLINE_S
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    texts = [
+        {line["custom_id"]: line["response"]["body"]["choices"][0]["text"] for line in map(json.loads, path.open())}
+        for path in (output, whole)
+    ]
+    assert texts[0] == texts[1] and len(texts[0]) == len(rows)
 
 
 def test_replayed_steps_give_the_tokens_of_steps_that_are_not_captured(work):

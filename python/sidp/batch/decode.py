@@ -54,13 +54,18 @@ class DecodeSteps:
 
     def __init__(self, manager: Any, pool: Any, page: int, graphs: bool) -> None:
         processor = manager.batch_processor
-        self._runner, self._ios = processor.model_runner, processor.inputs_and_outputs
+        self._runner, self._ios, cache = processor.model_runner, processor.inputs_and_outputs, processor.cache
         self._limit = self._runner.cb_config.max_requests_per_batch
         self._pool, self._page = pool, page
         self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Counter]] = {}
         self.captures = graphs and self._ios.compute_stream is not None
         self._memory = torch.cuda.graph_pool_handle() if self.captures else None
         self.calls: Counter = Counter()
+        pinned = self._ios.block_table.is_cuda
+        self._table = torch.full(self._ios.block_table.shape, -1, dtype=torch.int32, pin_memory=pinned)
+        self._rows: list[tuple[str, int] | None] = [None] * self._table.shape[1]  # (request, its pages) in the table
+        self._filled = 0
+        self._fill_other, cache.fill_block_table = cache.fill_block_table, self._fill
         self._compute_other = self._runner.compute_batch
         self._take_tokens = self._ios.prepare_batch_update
         self._runner.maybe_pad_inputs = self._pad
@@ -68,11 +73,31 @@ class DecodeSteps:
         self._ios.prepare_batch_update = self._tokens
 
     def _pad(self, rows: int, keys: int, use_decode_fast_path: bool) -> tuple[int, int]:
+        """Called before the engine lays out a step."""
         self._runner.pad_inputs = use_decode_fast_path
-        return (round_up(rows, self._limit), 0) if use_decode_fast_path else (rows, keys)
+        if not use_decode_fast_path:
+            self._rows = [None] * len(self._rows)
+            return rows, keys
+        self._rows[self._filled :] = [None] * (len(self._rows) - self._filled)
+        self._filled = 0
+        return round_up(rows, self._limit), 0
+
+    def _fill(self, request: str, past: int, new: int, _row: torch.Tensor) -> None:
+        """A request's pages, into a table on the host: one copy for all of them, and none for those that stay as they are.
+
+        A request that was out of the batch for a step may have come back to other pages, so rows are remembered no longer
+        than their requests take part.
+        """
+        row, self._filled = self._filled, self._filled + 1
+        held = request, (past + new - 1) // self._page
+        if self._rows[row] != held:
+            self._rows[row] = held
+            self._fill_other(request, past, new, self._table[:, row])
 
     def _compute(self, model: Any, batch_data: dict[str, Any]) -> None:
-        stream = self._ios.compute_stream
+        stream, rows = self._ios.compute_stream, self._ios.num_q_tokens
+        if self._ios.use_block_table:
+            self._ios.block_table[:, :rows].copy_(self._table[:, :rows], non_blocking=True)
         if stream is not None:  # inputs were written in another stream
             stream.wait_stream(torch.cuda.current_stream())
         if not self._ios.use_block_table:
@@ -82,7 +107,7 @@ class DecodeSteps:
             batch_data["logits_to_keep"] = batch_data["logits_indices"]
         longest = max(future.state.position_offset for future in self._ios.requests_in_batch)
         pages = round_up(-(-longest // self._page), _LONGEST // self._page)
-        key = (self._ios.num_q_tokens, pages)
+        key = (rows, pages)
         with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
             if key in self._graphs:
                 graph, calls = self._graphs[key]

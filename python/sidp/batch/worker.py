@@ -70,8 +70,8 @@ class Job:
 
 def serve(context: Any, job: Job) -> None:
     """Collective in a pooled run. Raises SidpError; what was settled until then is in the output."""
-    if job.may_send_from_graphs:
-        os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")  # before CUDA's first call
+    if job.may_send_from_graphs and _devices() > 1:  # on one GPU the ranks read each other's layers in place
+        os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
     board = Board(job.board)
     board.join(context.rank)
     with contextlib.ExitStack() as stack:
@@ -95,6 +95,13 @@ def serve(context: Any, job: Job) -> None:
             _Loop(job, board, spool, output, loaded, engine).run()
         # Before the pool closes, which waits for the others: this rank has done its part.
         board.report(finished=1, running=0, waiting=0, kv_tokens=0)
+
+
+def _devices() -> int:
+    """GPUs, counted without CUDA: it looks at its environment at its first call."""
+    import torch
+
+    return torch.cuda.device_count() if torch.version.cuda else 0
 
 
 class _Loop:

@@ -10,6 +10,8 @@ from functools import cached_property
 
 from .._native import C
 from ..backups import BACKUPS, BackupPlan, check_backup_on_gpus, check_redundancy
+from ..batch.attention import DECODE_PAGE
+from ..batch.memory import SPARE_PAGES
 from ..config import PLACEMENTS
 from ..errors import ConfigError
 from ..shares import unit_layout
@@ -99,6 +101,12 @@ class Deployment:
         sampling = min(self.sampled, self.batched_tokens) * model.vocabulary * (size + 8)
         return max(forward, sampling)
 
+    def engine_bytes(self) -> int:
+        """Of the engine's KV cache, what it keeps to itself: its pages for padding, and what is less than a page."""
+        if self.engine == "vllm":
+            return 0
+        return (SPARE_PAGES * DECODE_PAGE + DECODE_PAGE // 2) * self.model.kv_bytes_per_token(self.tp)
+
     def engine_bytes_per_token(self) -> int:
         """Beside each token in the KV cache: the copy of one layer's keys and values and two indices, or nothing."""
         if self.engine == "vllm":
@@ -183,7 +191,7 @@ def replicated(deployment: Deployment) -> MemoryPlan:
         ffn_bytes=(placement.arena_bytes(0),) * deployment.dp,
         ring_bytes=(0,) * deployment.dp,
         activation_bytes=deployment.activation_bytes(),
-        reserve_bytes=deployment.reserve_bytes,
+        reserve_bytes=deployment.reserve_bytes + deployment.engine_bytes(),
         fetched_bytes=(0,) * deployment.dp,
         largest_copy_bytes=0,
         kv_bytes_per_token=deployment.model.kv_bytes_per_token(deployment.tp),
