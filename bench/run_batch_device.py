@@ -11,12 +11,15 @@ import tempfile
 import time
 
 _CONTEXT = """
-import sys, torch
-torch.cuda.init()
-a = torch.randn(512, 512, device="cuda", dtype=torch.bfloat16)
-a @ a
+import sys, torch, transformers
+config = transformers.Qwen3Config(
+    vocab_size=512, hidden_size=512, intermediate_size=1024, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2
+)
+with torch.inference_mode():
+    model = transformers.Qwen3ForCausalLM(config).to("cuda", torch.bfloat16)
+    model(input_ids=torch.zeros((1, 2), dtype=torch.int64, device="cuda"), use_cache=False)
 torch.cuda.synchronize()
-del a
+del model
 torch.cuda.empty_cache()
 free, total = torch.cuda.mem_get_info()
 print(total - free, total, flush=True)
@@ -25,7 +28,8 @@ sys.stdin.readline()
 
 
 def measure_context(ranks: int, eager: bool) -> tuple[int, int]:
-    """(bytes that one of `ranks` processes on a GPU takes before it holds anything, the GPU's). `eager`: with all kernels loaded.
+    """(bytes that one of `ranks` processes on a GPU takes before it holds anything, the GPU's), with the kernels of a
+    first forward loaded, as `sidp run-batch` loads them before it looks at what is left. `eager`: with all kernels loaded.
 
     Processes are started one after another, all alive at the end, whose memory is divided by their number.
     """

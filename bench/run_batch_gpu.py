@@ -143,7 +143,8 @@ class Bench:
         from sidp.planner.gpus import GPU
         from sidp.planner.models import load_model
 
-        eager = row.pooled and "was" not in row.options and "--enforce-eager" not in row.options  # as run-batch decides
+        several = row.ranks > row.ranks_per_gpu
+        eager = row.pooled and several and not {"was", "--enforce-eager"} & set(row.options)  # as run-batch decides
         context, memory = self._device(row.ranks_per_gpu, eager)
         deployment = Deployment(
             model=load_model(str(self._model(row, folder))),
