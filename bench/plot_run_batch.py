@@ -20,9 +20,12 @@ _PANELS = (
 )
 
 
-def load(paths: list[str]) -> tuple[dict, list[dict]]:
+def load(paths: list[str]) -> tuple[str, list[dict]]:
+    """Where and when it was measured, and all rows."""
     reports = [json.loads(Path(path).read_text()) for path in paths]
-    return reports[0]["environment"], [row for report in reports for row in report["rows"]]
+    names = dict.fromkeys(name for report in reports for name in report["environment"]["devices"])
+    dates = sorted({report["environment"]["date"] for report in reports})
+    return f"{', '.join(names)}, {' and '.join(dates)}", [row for report in reports for row in report["rows"]]
 
 
 def by_pair(rows: list[dict]) -> dict[str, list[dict]]:
@@ -40,7 +43,7 @@ def label(row: dict) -> str:
     return " ".join(word for word in words if word not in row["pair"].split()) or row["name"]
 
 
-def draw(environment: dict, rows: list[dict], target: str) -> None:
+def draw(measured: str, rows: list[dict], target: str) -> None:
     import matplotlib
 
     matplotlib.use("Agg")  # a file, never a window
@@ -55,9 +58,8 @@ def draw(environment: dict, rows: list[dict], target: str) -> None:
         _bars(panel, pairs, key, unit, colours)
         panel.set_title(f"{title}{f', {word}' if word else ''}", loc="left", fontsize=10)
     handles = [pyplot.Rectangle((0, 0), 1, 1, color=colour) for colour in colours.values()]
-    figure.legend(handles, colours, loc="outside upper right", ncols=len(colours), frameon=False, fontsize=9)
-    devices = " + ".join(environment["devices"])
-    figure.suptitle(f"sidp run-batch, {devices}, {environment['date']}", x=0.01, ha="left", fontsize=11)
+    figure.legend(handles, colours, loc="outside lower center", ncols=len(colours), frameon=False, fontsize=9)
+    figure.suptitle(f"sidp run-batch, {measured}", x=0.01, ha="left", fontsize=11)
     without = [f"{row['name']}: {row['status'].split(':')[0]}" for row in rows if row["status"] != "ok"]
     if without:
         figure.supxlabel("; ".join(without), fontsize=7, wrap=True)
