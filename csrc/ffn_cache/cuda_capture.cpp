@@ -133,10 +133,8 @@ void CudaCapture::add_fetch(const Fetch& fetch) {
   if (content_[fetch.slot] == fetch.index) return;
   std::vector<cudaGraphNode_t> after = readers_[fetch.slot];
   if (!contains(after, last_)) after.push_back(last_);
-  const UnitCopies& unit = ring_.copies_[fetch.index];
   std::vector<cudaGraphNode_t> ends;
-  for (const std::vector<DeviceCopy>* copies : {&unit.remote, &unit.own})
-    if (!copies->empty()) ends.push_back(add_copies(*copies, fetch.slot, after));
+  for (const std::vector<DeviceCopy>& list : ring_.copies_[fetch.index]) ends.push_back(add_copies(list, fetch.slot, after));
   cudaGraphNode_t arrived = nullptr;
   SIDP_CUDA_CHECK(cudaGraphAddMemcpyNode1D(&arrived, graph_, ends.data(), ends.size(), ring_.content_word(fetch.slot),
                                            ring_.index_word(fetch.index), sizeof(std::int32_t), cudaMemcpyHostToDevice));

@@ -51,7 +51,9 @@ std::vector<DeviceCopy> CudaRing::resolve() {
   copies_.clear();
   remote_bytes_.clear();
   for (const std::vector<CopyOp>& ops : ops_) {
-    UnitCopies slices;
+    const auto lanes = static_cast<std::size_t>(options_.copy_lanes);
+    UnitCopies lists(lanes + 1);
+    std::vector<int> owners;  // in the order in which this rank comes to them
     std::uint64_t remote = 0;
     for (const CopyOp& op : ops) {
       // No extent lies on both sides of its owner's cut.
@@ -61,10 +63,18 @@ std::vector<DeviceCopy> CudaRing::resolve() {
       const DeviceCopy copy{source, op.target, op.width, op.height, op.source_pitch, op.target_pitch};
       table.push_back(copy);
       const bool own = op.owner == schedule_.rank() && !options_.own_is_remote && !spilled;
-      add_slices(own ? slices.own : slices.remote, copy, options_.slice_bytes);
-      if (!own) remote += op.bytes();
+      if (own) {
+        add_slices(lists.back(), copy, options_.slice_bytes);
+        continue;
+      }
+      const auto known = std::find(owners.begin(), owners.end(), op.owner);
+      const auto lane = static_cast<std::size_t>(known - owners.begin()) % lanes;
+      if (known == owners.end()) owners.push_back(op.owner);
+      add_slices(lists[lane], copy, options_.slice_bytes);
+      remote += op.bytes();
     }
-    copies_.push_back(std::move(slices));
+    lists.erase(std::remove_if(lists.begin(), lists.end(), [](const auto& list) { return list.empty(); }), lists.end());
+    copies_.push_back(std::move(lists));
     remote_bytes_.push_back(remote);
   }
   return table;

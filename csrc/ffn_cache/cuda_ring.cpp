@@ -36,6 +36,8 @@ CudaRing::CudaRing(const Placement& placement, int rank, const std::vector<const
       options_(options),
       dead_rank_(dead_rank),
       sources_(sources),
+      side_streams_(static_cast<std::size_t>(std::max(1, options.copy_lanes))),
+      side_done_(side_streams_.size()),
       ready_(options.slots),
       used_(options.slots),
       plan_(schedule_),
@@ -43,6 +45,7 @@ CudaRing::CudaRing(const Placement& placement, int rank, const std::vector<const
       ready_generation_(options.slots, 0),
       used_generation_(options.slots, 0),
       open_mark_(placement.num_layers(), -1) {
+  SIDP_REQUIRE(options_.copy_lanes >= 1, ConfigError, "copy_lanes must be 1 or more, got ", options_.copy_lanes);
   const DeviceGuard guard(options_.device);
   lay_out(placement);
   const auto slots = static_cast<std::size_t>(options_.slots);
@@ -165,15 +168,16 @@ void CudaRing::enqueue_copy(int index, int slot) {
   std::uint8_t* target = slot_address(slot);
   const cudaStream_t stream = copy_stream_.get();
   if (options_.poison) SIDP_CUDA_CHECK(cudaMemsetAsync(target, 0xff, slot_stride_, stream));
-  const UnitCopies& unit = copies_[index];
-  if (!unit.own.empty()) {
-    begun_.record(stream);
-    SIDP_CUDA_CHECK(cudaStreamWaitEvent(own_stream_.get(), begun_.get(), 0));
-    copy_to(target, unit.own, own_stream_.get());
-    own_done_.record(own_stream_.get());
+  const UnitCopies& lists = copies_[index];
+  if (lists.size() > 1) begun_.record(stream);
+  for (std::size_t i = 1; i < lists.size(); ++i) {
+    const cudaStream_t side = side_streams_[i - 1].get();
+    SIDP_CUDA_CHECK(cudaStreamWaitEvent(side, begun_.get(), 0));
+    copy_to(target, lists[i], side);
+    side_done_[i - 1].record(side);
   }
-  copy_to(target, unit.remote, stream);
-  if (!unit.own.empty()) SIDP_CUDA_CHECK(cudaStreamWaitEvent(stream, own_done_.get(), 0));
+  copy_to(target, lists[0], stream);
+  for (std::size_t i = 1; i < lists.size(); ++i) SIDP_CUDA_CHECK(cudaStreamWaitEvent(stream, side_done_[i - 1].get(), 0));
 }
 
 // WAR: the fetch comes after the slot's last reader.

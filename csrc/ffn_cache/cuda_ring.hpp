@@ -35,6 +35,7 @@ struct CudaRingOptions {
   std::vector<bool> local;  // by layer; empty: what the placement says
   HandOver hand_over = HandOver::events;
   std::uint64_t slice_bytes = 0;  // 0: a copy is not cut
+  int copy_lanes = 1;             // lists of copies from other ranks that run beside each other
   double timeout_s = 60;
   bool poison = false;
   std::vector<const std::uint8_t*> host_sources;  // by owner: the part of its extents that lies in host memory, or empty
@@ -44,12 +45,11 @@ struct CudaRingOptions {
   std::uint64_t* device_activity = nullptr;  // the same word as kernels see it, or null
 };
 
-// A unit's copies, sliced. Both lists run beside each other: the copy engines that bring the own stripe from this device's
-// memory would else keep the link idle meanwhile, at D = 2 for a quarter of the time.
-struct UnitCopies {
-  std::vector<DeviceCopy> remote;
-  std::vector<DeviceCopy> own;
-};
+// A unit's copies, sliced, in lists that run beside each other. What comes from this device's own memory is the last list: the
+// copy engines that bring it would else keep the link idle meanwhile, at D = 2 for a quarter of the time. What comes from several
+// owners is spread over `copy_lanes` lists by owner: a rank that reads a little from every owner at all times takes from each of
+// them what it can give, whoever else reads there and in whatever step.
+using UnitCopies = std::vector<std::vector<DeviceCopy>>;
 
 struct CudaRingStats {
   std::uint64_t fetches = 0;
@@ -137,9 +137,9 @@ class CudaRing {
   MappedHostMemory host_;
   MappedHostMemory index_words_;  // the number i at place i: what a copy engine writes into `content`
   Stream copy_stream_;
-  Stream own_stream_;  // for UnitCopies::own, between begun_ and own_done_ of copy_stream_
   Event begun_;
-  Event own_done_;
+  std::vector<Stream> side_streams_;  // for a unit's second list and on, between begun_ and side_done_ of copy_stream_
+  std::vector<Event> side_done_;
   std::vector<Event> ready_;
   std::vector<Event> used_;
   Event enter_;      // the caller's stream, as the copy stream sees it once graphs exist

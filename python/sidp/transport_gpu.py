@@ -12,6 +12,7 @@ from .control import ControlPlane
 from .errors import ConfigError
 from .transport import ShmTransport, poison_wanted
 
+_MOST_LANES = 16
 _PAGE = 4096
 
 
@@ -111,8 +112,14 @@ def _ring_settings() -> dict:
         slice_mb = -1.0
     if not 0 <= slice_mb < 1e6:
         raise ConfigError(f"environment variable SIDP_SLICE_MB={text!r}: expected MB, 0 for whole copies")
+    lanes = os.environ.get("SIDP_COPY_LANES", "1")
+    if not lanes.isdecimal() or not 1 <= int(lanes) <= _MOST_LANES:
+        raise ConfigError(
+            f"environment variable SIDP_COPY_LANES={lanes!r}: expected 1 ... {_MOST_LANES} owners read at once"
+        )
     return {
         "poison": poison_wanted(),
         "hand_over": os.environ.get("SIDP_HAND_OVER", "events"),
         "slice_bytes": int(slice_mb * (1 << 20)),
+        "copy_lanes": int(lanes),
     }

@@ -111,7 +111,9 @@ def test_pooled_gives_the_tokens_of_replicated(work, words):
     assert got == expected
     assert pooled["pool_active"] and all(rank["freed_bytes"] > 0 for rank in pooled["per_rank"])
     parts = [rank["kv_capacity"] for rank in replicated["per_rank"]]
-    if torch.cuda.device_count() == 1:  # a GPU of its own is as free as what else runs there leaves it, this process too
+    if (
+        torch.cuda.device_count() == 1
+    ):  # a GPU of its own is as free as what else runs there leaves it, this process too
         assert max(parts) <= 1.001 * min(parts)  # even, whoever came first
     if not words:
         assert pooled["kv_capacity_tokens"] > replicated["kv_capacity_tokens"]

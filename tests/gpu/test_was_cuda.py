@@ -157,6 +157,14 @@ def test_processes_on_one_gpu(handles, world, placement, monkeypatch):
         assert same and fetches > 0
 
 
+@pytest.mark.parametrize("lanes", [2, 3])
+def test_processes_that_read_several_owners_at_once(lanes, monkeypatch):
+    monkeypatch.setenv("SIDP_POISON", "1")
+    monkeypatch.setenv("SIDP_COPY_LANES", str(lanes))
+    for same, fetches in parallel_launch(group_body, 4, "striped", True, True, timeout=100):
+        assert same and fetches > 0
+
+
 @pytest.mark.parametrize("placement", ["layer", "striped"])
 def test_processes_hand_over_by_words(placement, monkeypatch):
     monkeypatch.setenv("SIDP_HAND_OVER", "words")
