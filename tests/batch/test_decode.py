@@ -66,3 +66,74 @@ def test_parts_of_pages_join_to_the_attention_over_all_keys(monkeypatch, heads):
     for row in (-2, -1):  # finite, and writing where row 0 writes
         assert not plan.real[row] and plan.slots[row] == plan.slots[0]
         torch.testing.assert_close(got[row], expected(0, query[row])[0])
+
+
+class FakeEngine:
+    """What DecodeSteps takes over of a manager, with steps that are laid out by hand."""
+
+    def __init__(self, limit: int, width: int):
+        self.filled: list[str] = []
+        self.compute_batch = self.prepare_batch_update = self.maybe_pad_inputs = None
+        self.pad_inputs, self.compute_stream, self.use_block_table = False, None, True
+        self.block_table = torch.full((1, limit, width), -1, dtype=torch.int32)
+        self.cb_config = type("Config", (), {"max_requests_per_batch": limit})
+        self.pages: dict[str, list[int]] = {}
+        self.model_runner = self.inputs_and_outputs = self.cache = self.batch_processor = self
+
+    def fill_block_table(self, request, past, new, row):
+        self.filled.append(request)
+        held = self.pages[request][: -(-(past + new) // PAGE)]
+        row[0, : len(held)] = torch.tensor(held, dtype=torch.int32)
+
+    def supports_logits_to_keep(self, model):
+        return False
+
+    def get_cb_kwargs(self):
+        return ()
+
+    def _forward_process_and_sample(self, model, batch_data):
+        pass
+
+    def step(self, requests: dict[str, int]) -> list[list[int]]:
+        """A decode step of requests with so many tokens each, the new one included; the pages that the device is given."""
+        self.filled = []
+        rows, _ = self.maybe_pad_inputs(len(requests), 0, True)
+        for request, length in requests.items():
+            self.fill_block_table(request, length - 1, 1, None)
+        self.block_table.fill_(-1)  # the engine does, before every step
+        self.num_q_tokens = rows
+        future = type("Future", (), {})
+        self.requests_in_batch = []
+        for length in requests.values():
+            self.requests_in_batch.append(future())
+            self.requests_in_batch[-1].state = type("State", (), {"position_offset": length})
+        self.compute_batch(None, {})
+        tables = self.block_table[0, : len(requests)].tolist()
+        return [table[: -(-length // PAGE)] for table, length in zip(tables, requests.values(), strict=True)]
+
+
+def test_pages_are_looked_up_only_where_a_request_or_its_number_of_pages_is_new():
+    engine = FakeEngine(limit=8, width=4)
+    real = engine.fill_block_table
+    steps = decode.DecodeSteps(engine, None, PAGE, True)
+    assert engine.fill_block_table != real and not steps.captures
+    engine.pages = {"a": [3, 4], "b": [7], "c": [1, 2, 5]}
+    looked_up: list[str] = []
+    steps._fill_other = lambda request, *rest: (looked_up.append(request), real(request, *rest))
+
+    def pages(requests):
+        looked_up.clear()
+        return engine.step(requests)
+
+    assert pages({"a": 5, "b": 6, "c": 33}) == [[3], [7], [1, 2, 5]] and looked_up == ["a", "b", "c"]
+    assert pages({"a": 6, "b": 7, "c": 34}) == [[3], [7], [1, 2, 5]] and looked_up == []
+    assert pages({"a": 17, "b": 8, "c": 35}) == [[3, 4], [7], [1, 2, 5]] and looked_up == ["a"]
+    assert pages({"a": 18, "c": 36}) == [[3, 4], [1, 2, 5]] and looked_up == ["c"]  # moved up a row
+    # c is out of the batch for a step and comes back to other pages.
+    assert pages({"a": 19}) == [[3, 4]] and looked_up == []
+    engine.pages["c"] = [6, 0, 9]
+    assert pages({"a": 20, "c": 36}) == [[3, 4], [6, 0, 9]] and looked_up == ["c"]
+    # A step with a prompt in it goes another way, and anything may have changed.
+    engine.maybe_pad_inputs(100, 0, False)
+    engine.pages["a"] = [8, 2]
+    assert pages({"a": 21, "c": 37}) == [[8, 2], [6, 0, 9]] and looked_up == ["a", "c"]
