@@ -5,23 +5,24 @@
 #   processes  (240 s) WaS in 2 and 4 processes, by cudaIpc and by VMM handles, families; under an MPS of its own
 #   cas        (240 s) CaS through WeightPool in several processes; under an MPS of its own
 #   survival   (240 s) groups that outlive a killed rank; no MPS
+#   batch      (300 s) sidp run-batch: attention, decode steps, pooled as replicated, a killed rank; no MPS
 #   sanitize   (240 s) memcheck, synccheck, initcheck and racecheck on a small run of the ring
 #   bench      (300 s) bench/was_gpu.py: overlap, slices, host cost
 #   offload    (240 s) bench/was_offload.py: accelerate and FSDP2 beside sidp
 #   profile    (160 s) sidp bench --json --profile
 #   locks      (90 s) bench/driver_locks.cu, built here, without MPS and with it
-#   tests = single processes cas survival; without arguments: tests sanitize
+#   tests = single processes cas survival batch; without arguments: tests sanitize
 here=$(cd "$(dirname "$0")" && pwd) logs=. failed=0 parts=()
 while [ $# -gt 0 ]; do
   case $1 in
     --logs) logs=$2; shift ;;
-    tests) parts+=(single processes cas survival) ;;
-    single | processes | cas | survival | sanitize | bench | offload | profile | locks) parts+=("$1") ;;
+    tests) parts+=(single processes cas survival batch) ;;
+    single | processes | cas | survival | batch | sanitize | bench | offload | profile | locks) parts+=("$1") ;;
     *) echo "run.sh: no part named $1" >&2; exit 2 ;;
   esac
   shift
 done
-[ ${#parts[@]} -gt 0 ] || parts=(single processes cas survival sanitize)
+[ ${#parts[@]} -gt 0 ] || parts=(single processes cas survival batch sanitize)
 mkdir -p "$logs"
 test=$here/test_was_cuda.py several="processes or owners or families"
 run() { timeout -k 5 "$@" || { echo "== exit status $?: $*"; failed=1; }; }
@@ -55,6 +56,7 @@ for part in "${parts[@]}"; do
     processes) with_mps pytest 220 -k "$several" "$test" ;;
     cas) with_mps pytest 230 "$here/test_cas_cuda.py" ;;
     survival) pytest 230 "$here/test_survival_cuda.py" ;;
+    batch) pytest 290 "$here/test_run_batch_cuda.py" ;;
     sanitize) sanitize ;;
     bench) run 290 python3 "$here/../../bench/was_gpu.py" > >(tee "$logs/was_gpu.jsonl") ;;
     offload) run 230 python3 "$here/../../bench/was_offload.py" > >(tee "$logs/was_offload.jsonl") ;;

@@ -97,6 +97,13 @@ def test_parts_of_the_report(capsys):
     assert "expected one of capacity" in capsys.readouterr().err
 
 
+def test_a_folder_that_is_not_there_is_refused_before_anything_is_simulated(capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    assert main(["simulate", "--paper", "causes", "--out", str(tmp_path / "none")]) == 2
+    told = capsys.readouterr()
+    assert "create it first" in told.err and "###" not in told.out
+
+
 def test_plots_are_written(tmp_path):
     pytest.importorskip("matplotlib")
     from sidp.simulate.figures import draw

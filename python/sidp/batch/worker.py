@@ -58,7 +58,9 @@ class Job:
     @property
     def may_send_from_graphs(self) -> bool:
         """Whether a captured step may take CaS, for which kernels must be loaded at the start (policy_cuda.py)."""
-        return self.graphs and self.pooled and self.backend != "cpu" and PoolConfig(**self.pool_config).mode != "was"
+        config = PoolConfig(**self.pool_config)
+        sends = config.mode in ("auto", "cas") and not config.redundancy  # with backups "auto" takes WaS on GPUs
+        return self.graphs and self.pooled and self.backend != "cpu" and sends
 
     def to_json(self) -> bytes:
         return json.dumps(asdict(self)).encode()

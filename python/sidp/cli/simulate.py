@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 
 from ..errors import ConfigError
@@ -65,6 +66,8 @@ def run(args: argparse.Namespace) -> int:
         for part in args.paper:
             if part not in PARTS:
                 raise ConfigError(f"--paper {part}: expected one of {', '.join(PARTS)}")
+        if args.out and not os.access(args.out, os.W_OK | os.X_OK):  # said now, not after minutes
+            raise ConfigError(f"--out {args.out}: expected a folder that exists and can be written; create it first")
         print_parts(args.paper, args.out)
         return 0
     if args.model is None or args.gpu is None:
