@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,9 @@ def _group(ctx, placement: str):
         for layer in range(4):
             x = rows_of(spec, 9, seed=layer)
             worst = max(worst, error(sidp.ffn_forward(x, pool, layer), exact(x, spec, layer)))
+        end = time.monotonic() + 30  # the other rank may not have asked yet
+        while not pool.stats().requests_served and time.monotonic() < end:
+            time.sleep(0.01)
         return worst, pool.stats().calls["cas"], pool.stats().requests_served
 
 
