@@ -21,7 +21,9 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+from was_gpu import report
 
+from sidp._native import C
 from sidp.batch import decode
 from sidp.batch.engine import EngineOptions, PagedEngine, Ticket
 from sidp.batch.memory import kv_bytes_per_token
@@ -35,16 +37,8 @@ WARM, COUNTED, PROFILED = 16, 32, 4  # steps
 
 
 def copy_rate() -> float:
-    source, target = torch.empty(2, 2**30, dtype=torch.uint8, device="cuda")
-    times = []
-    for _ in range(6):
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-        marks[0].record()
-        target.copy_(source)
-        marks[1].record()
-        marks[1].synchronize()
-        times.append(marks[0].elapsed_time(marks[1]) * 1e-3)
-    return 2 * 2**30 / min(times)
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    return 2 * C.cuda_copy_rate(source.data_ptr(), source.nbytes, source.device.index)
 
 
 def wait_for(engine: PagedEngine, tokens: int) -> float:
@@ -101,28 +95,14 @@ def main() -> None:
         model = dummy_model(folder, torch.bfloat16, torch.device("cuda"))
     rate, in_place = copy_rate(), decode.in_place
     weights = sum(p.nbytes for p in model.parameters()) - model.get_input_embeddings().weight.nbytes
-    print(
-        json.dumps(
-            {
-                "device": torch.cuda.get_device_name(),
-                "copy_gbps": round(rate / 1e9),
-                "weights_gb": round(weights / 1e9, 2),
-            }
-        )
-    )
+    report(device=torch.cuda.get_device_name(), copy_gbps=rate / 1e9, weights_gb=weights / 1e9)
     for rows in args.rows:
         for way in args.ways:
             decode.in_place = (lambda model: False) if way == "copied" else in_place
             made = measure(model, way, rows, args.prompt)
             floor = (weights + made.pop("tokens") * kv_bytes_per_token(model)) / rate * 1e3
             kernels = {name: round(ms, 2) for name, ms in made.pop("kernels")}
-            row = {"rows": rows, "way": way, "floor": floor, **made, "ratio": made["step"] / floor}
-            print(
-                json.dumps(
-                    {k: round(v, 2) if isinstance(v, float) else v for k, v in row.items()} | {"kernels": kernels}
-                ),
-                flush=True,
-            )
+            report(rows=rows, way=way, floor=floor, ratio=made["step"] / floor, **made, kernels=kernels)
             torch.cuda.empty_cache()
 
 

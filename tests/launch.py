@@ -31,6 +31,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -333,3 +334,11 @@ def parallel_launch(
     if any(out.error or not out.finished for out in outcomes):
         raise RankFailed(_describe(outcomes), outcomes)
     return [out.value for out in outcomes]
+
+
+def ranks_of(process):
+    """Pids of the launcher's ranks, in the order of their start."""
+    out = subprocess.run(
+        ["ps", "-ww", "-o", "pid=,args=", "--ppid", str(process.pid)], capture_output=True, text=True
+    ).stdout
+    return sorted(int(line.split()[0]) for line in out.splitlines() if "spawn_main" in line)

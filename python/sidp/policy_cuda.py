@@ -26,10 +26,8 @@ _REPEATS = 5
 _ROUND_TRIP_S = 3e-6  # between two GPUs, beyond what a request to one's own server takes
 _LINK_BYTES = 128 << 20
 _SAMPLE_EVERY = 16  # iterations
-_SETTLED = 2  # iterations after a switch that are not timed: the ring is cold, the servers asleep
-
-
 _LAZY = 2  # CU_MODULE_LAZY_LOADING
+_SETTLED = 2  # iterations after a switch that are not timed: the ring is cold, the servers asleep
 
 
 def loads_lazily() -> bool:

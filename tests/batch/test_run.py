@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from launch import ranks_of
+
 pytest.importorskip("torch")
 pytest.importorskip("transformers", minversion="5.17")
 
@@ -104,14 +106,6 @@ def wait_for_lines(path, count, process):
     while not path.exists() or path.read_bytes().count(b"\n") < count:
         assert time.monotonic() < end and process.poll() is None, process.communicate()
         time.sleep(0.01)
-
-
-def ranks_of(process):
-    """Pids of the launcher's ranks, in the order of their start."""
-    out = subprocess.run(
-        ["ps", "-ww", "-o", "pid=,args=", "--ppid", str(process.pid)], capture_output=True, text=True
-    ).stdout
-    return sorted(int(line.split()[0]) for line in out.splitlines() if "spawn_main" in line)
 
 
 @pytest.mark.parametrize("words", [["--mode", "was"], ["--no-pool"]], ids=["pooled", "replicated"])

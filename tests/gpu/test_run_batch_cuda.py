@@ -18,6 +18,7 @@ torch = pytest.importorskip("torch")
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
+from launch import ranks_of  # noqa: E402
 from sidp.batch import attention  # noqa: E402
 
 DEADLINE_S = 150
@@ -111,9 +112,8 @@ def test_pooled_gives_the_tokens_of_replicated(work, words):
     assert got == expected
     assert pooled["pool_active"] and all(rank["freed_bytes"] > 0 for rank in pooled["per_rank"])
     parts = [rank["kv_capacity"] for rank in replicated["per_rank"]]
-    if (
-        torch.cuda.device_count() == 1
-    ):  # a GPU of its own is as free as what else runs there leaves it, this process too
+    if torch.cuda.device_count() == 1:
+        # With a GPU each it is what else runs there, this process too, that says how much is free.
         assert max(parts) <= 1.001 * min(parts)  # even, whoever came first
     if not words:
         assert pooled["kv_capacity_tokens"] > replicated["kv_capacity_tokens"]
@@ -144,11 +144,7 @@ def test_a_pool_with_backups_loses_no_request(work, backup):
         while not output.exists() or output.read_bytes().count(b"\n") < 4:
             assert time.monotonic() < end and process.poll() is None, process.communicate()
             time.sleep(0.01)
-        listed = subprocess.run(
-            ["ps", "-ww", "-o", "pid=,args=", "--ppid", str(process.pid)], capture_output=True, text=True
-        )
-        ranks = sorted(int(line.split()[0]) for line in listed.stdout.splitlines() if "spawn_main" in line)
-        os.kill(ranks[0], signal.SIGKILL)
+        os.kill(ranks_of(process)[0], signal.SIGKILL)
         _, stderr = process.communicate(timeout=DEADLINE_S)
     finally:
         process.kill()
