@@ -61,10 +61,15 @@ def mps(wanted: bool):
     folders = {name: tempfile.mkdtemp() for name in ("CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY")}
     os.environ.update(folders)
     subprocess.run(["nvidia-cuda-mps-control", "-d"], check=True, timeout=30)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:  # the daemon's clients count among the devices that it sees
+        os.environ["CUDA_VISIBLE_DEVICES"] = "0"
     try:
         yield
     finally:
         subprocess.run(["nvidia-cuda-mps-control"], input="quit\n", text=True, timeout=30, check=False)
+        if visible is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = visible
         for name, folder in folders.items():
             os.environ.pop(name)
             shutil.rmtree(folder, ignore_errors=True)

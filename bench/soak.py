@@ -183,8 +183,9 @@ def body(ctx, seed: int, device: str, end: float) -> dict:
 class Soak:
     """The parent: starts jobs, plays the faults, counts."""
 
-    def __init__(self, world: int, device: str, seconds: float, seed: int):
-        self.world, self.device, self.end = world, device, time.time() + seconds
+    def __init__(self, world: int, device: str, seconds: float, seed: int, calm: int):
+        self.world, self.device, self.end, self.calm = world, device, time.time() + seconds, calm
+        self.settings: dict = {}  # of the round that is on
         self.chance = random.Random(seed)
         self.table: dict[str, dict] = defaultdict(lambda: {"times": 0, "seen_s": [], "recovered_s": [], "lost": 0})
         self.calls = self.jobs = self.rounds = 0
@@ -207,8 +208,8 @@ class Soak:
             self.pids = ranks.pids
             number = 0
             while True:
-                settings = ranks.wait_for(f"round {number}")[0]
-                if (number >= 4 and self.chance.random() < 0.5) or time.time() > self.end:
+                self.settings = settings = ranks.wait_for(f"round {number}")[0]
+                if (number >= self.calm and self.chance.random() < 0.5) or time.time() > self.end:
                     if self._kill(ranks, settings, number):
                         return
                 elif self.chance.random() < 0.4:
@@ -255,8 +256,10 @@ class Soak:
     def _count(self, outcomes, victim: int, killed: float | None) -> None:
         for outcome in outcomes:
             if outcome.error or not outcome.value:
+                after = "" if killed is None else f", {outcome.ended - killed:.2f} s after rank {victim} was killed"
                 self.wrong.append(
-                    f"rank {outcome.rank}: {outcome.error} {outcome.message[-800:]} {outcome.traceback[-800:]}"
+                    f"job {self.jobs}{after}, {self.settings}: rank {outcome.rank}: {outcome.error} "
+                    f"{outcome.message[:300]} {outcome.traceback[-800:]}"
                 )
                 continue
             value = outcome.value
@@ -295,13 +298,14 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--seed", type=int, default=None)
+    parser.add_argument("--calm", type=int, default=4, help="rounds of a job in which nobody is killed")
     arguments = parser.parse_args()
     seed = time.time_ns() % (1 << 30) if arguments.seed is None else arguments.seed
     print(f"seed {seed}", flush=True)
     watchdog = threading.Timer(arguments.seconds + 300, lambda: os._exit(3))
     watchdog.daemon = True
     watchdog.start()
-    soak = Soak(arguments.ranks, arguments.device, arguments.seconds, seed)
+    soak = Soak(arguments.ranks, arguments.device, arguments.seconds, seed, arguments.calm)
     soak.run()
     return soak.report()
 

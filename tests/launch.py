@@ -61,6 +61,7 @@ class Outcome:
     attributes: dict[str, Any] = field(default_factory=dict)  # the exception's plain ones, e.g. rank
     exitcode: int | None = None
     finished: bool = False  # the body returned or raised; False where the process died before
+    ended: float = 0.0  # time.time() when it was heard of
 
 
 class RankFailed(AssertionError):
@@ -260,9 +261,9 @@ class Launch:
             if message[1] == "_port":
                 self.tell("_port", message[2])
         elif message[0] == "value":
-            out.finished, out.value = True, message[1]
+            out.finished, out.ended, out.value = True, time.time(), message[1]
         else:
-            out.finished = True
+            out.finished, out.ended = True, time.time()
             out.error, out.message, out.traceback, out.attributes = message[1:]
 
     def _fail(self, why: str) -> None:
