@@ -8,7 +8,7 @@ off: the paper's case is ranks in step and a ring that looks one layer ahead.
   step=none        they drift
   step=staggered   rank r starts each iteration r / D of an iteration later (a barrier, then a pause)
 
-`striped` is run with one owner read at a time and with as many at once as there are (lanes).
+Every case runs without turns at owners and with them (`turns`, SIDP_TURNS), the former being what the paper has.
 """
 
 from __future__ import annotations
@@ -45,29 +45,31 @@ def bare(group) -> None:
 
 def iterations(group) -> None:
     for slots, step in CASES if "layer" in group.args.placements else []:
-        shifted, used = _case(group, "layer", slots, step, 1, 0.0, True)
-        plain, _ = _case(group, "layer", slots, step, 1, shifted, False)
-        group.report(
-            part="incast", placement="layer", slots=used, step=step, shifted=shifted, plain=plain, plain_over_shifted=plain / shifted
-        )  # fmt: skip
+        for turns in (0, 1):
+            shifted, used = _case(group, "layer", slots, step, turns, 0.0, True)
+            plain, _ = _case(group, "layer", slots, step, turns, shifted, False)
+            group.report(
+                part="incast", placement="layer", slots=used, step=step, turns=turns, shifted=shifted, plain=plain,
+                plain_over_shifted=plain / shifted,
+            )  # fmt: skip
         if group.spent():
             return
     for step in ("layer", "iteration", "none") if "striped" in group.args.placements else []:
-        for lanes in sorted({1, min(3, group.args.ranks - 1), group.args.ranks - 1}):
-            took, used = _case(group, "striped", None, step, lanes, 0.0, True)
-            group.report(part="incast", placement="striped", slots=used, step=step, lanes=lanes, took=took)
-            if group.spent():
-                return
+        for turns in (0, 1):
+            took, used = _case(group, "striped", None, step, turns, 0.0, True)
+            group.report(part="incast", placement="striped", slots=used, step=step, turns=turns, took=took)
+        if group.spent():
+            return
 
 
-def _case(group, placement: str, slots, step: str, lanes: int, expected_ms: float, shifting: bool) -> tuple[float, int]:
+def _case(group, placement: str, slots, step: str, turns: int, expected_ms: float, shifting: bool) -> tuple[float, int]:
     """Milliseconds of an iteration of the slowest rank, and the pool's slots."""
-    os.environ["SIDP_COPY_LANES"] = str(lanes)
+    os.environ["SIDP_TURNS"] = str(turns)
     try:
         with group.open(mode="was", placement=placement, slots=slots, peak_shifting=shifting) as pool:
             return group.slowest(_median(group, pool, group.x(ROWS), step, expected_ms)), pool.slots
     finally:
-        del os.environ["SIDP_COPY_LANES"]
+        del os.environ["SIDP_TURNS"]
 
 
 def _median(group, pool, x, step: str, expected_ms: float) -> float:

@@ -31,7 +31,7 @@ std::unique_ptr<CudaRing> make_ring(const Placement& placement, int rank, const 
                                     const std::vector<bool>& local, const std::string& hand_over, std::uint64_t slice_bytes,
                                     double timeout_s, bool poison, bool own_is_remote, std::uintptr_t activity,
                                     std::uintptr_t device_activity, const py::object&, const std::vector<std::uint64_t>& cuts,
-                                    const std::vector<std::uintptr_t>& host_sources, int copy_lanes) {
+                                    const std::vector<std::uintptr_t>& host_sources, const std::vector<std::uintptr_t>& turns) {
   std::vector<const std::uint8_t*> owners;
   for (const std::uintptr_t source : sources) owners.push_back(reinterpret_cast<const std::uint8_t*>(source));
   SIDP_REQUIRE(cuts.size() == host_sources.size() && (cuts.empty() || cuts.size() == sources.size()), ConfigError, cuts.size(),
@@ -39,13 +39,13 @@ std::unique_ptr<CudaRing> make_ring(const Placement& placement, int rank, const 
   CudaRingOptions options;
   options.cuts = cuts;
   for (const std::uintptr_t source : host_sources) options.host_sources.push_back(reinterpret_cast<const std::uint8_t*>(source));
+  for (const std::uintptr_t words : turns) options.turns.push_back(reinterpret_cast<cache::TurnWords*>(words));
   options.device = device;
   options.slots = slots;
   options.peak_shifting = peak_shifting;
   options.local = local;
   options.hand_over = hand_over_from(hand_over);
   options.slice_bytes = slice_bytes;
-  options.copy_lanes = copy_lanes;
   options.timeout_s = timeout_s;
   options.poison = poison;
   options.own_is_remote = own_is_remote;
@@ -73,7 +73,7 @@ void bind_cuda_ring(py::module_& m) {
            py::arg("hand_over") = "events", py::arg("slice_bytes") = 0, py::arg("timeout_s") = 60.0,
            py::arg("poison") = false, py::arg("own_is_remote") = false, py::arg("activity") = 0,
            py::arg("device_activity") = 0, py::arg("keep") = py::none(), py::arg("cuts") = std::vector<std::uint64_t>(),
-           py::arg("host_sources") = std::vector<std::uintptr_t>(), py::arg("copy_lanes") = 1,
+           py::arg("host_sources") = std::vector<std::uintptr_t>(), py::arg("turns") = std::vector<std::uintptr_t>(),
            py::keep_alive<1, 17>())  // `keep`: whatever owns the memory behind the addresses
       .def("acquire", [](CudaRing& ring, int layer, std::uintptr_t stream) { ring.acquire(layer, stream_of(stream)); },
            py::arg("layer"), py::arg("stream"))

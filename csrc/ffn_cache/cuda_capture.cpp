@@ -133,8 +133,10 @@ void CudaCapture::add_fetch(const Fetch& fetch) {
   if (content_[fetch.slot] == fetch.index) return;
   std::vector<cudaGraphNode_t> after = readers_[fetch.slot];
   if (!contains(after, last_)) after.push_back(last_);
+  const UnitCopies& unit = ring_.copies_[fetch.index];
   std::vector<cudaGraphNode_t> ends;
-  for (const std::vector<DeviceCopy>& list : ring_.copies_[fetch.index]) ends.push_back(add_copies(list, fetch.slot, after));
+  for (const std::vector<OwnerCopies>* list : {&unit.remote, &unit.own})
+    if (!list->empty()) ends.push_back(add_copies(*list, fetch.slot, after));
   cudaGraphNode_t arrived = nullptr;
   SIDP_CUDA_CHECK(cudaGraphAddMemcpyNode1D(&arrived, graph_, ends.data(), ends.size(), ring_.content_word(fetch.slot),
                                            ring_.index_word(fetch.index), sizeof(std::int32_t), cudaMemcpyHostToDevice));
@@ -156,8 +158,15 @@ void CudaCapture::count(int index, cudaGraphNode_t arrived) {
 }
 
 // One after the other; the last of them.
-cudaGraphNode_t CudaCapture::add_copies(const std::vector<DeviceCopy>& copies, int slot, std::vector<cudaGraphNode_t> after) {
-  for (const DeviceCopy& copy : copies) after.assign(1, add_copy(copy, slot, after));
+cudaGraphNode_t CudaCapture::add_copies(const std::vector<OwnerCopies>& list, int slot, std::vector<cudaGraphNode_t> after) {
+  const auto add_turn = [&](TurnEdge edge, const Turn& turn) {
+    if (turn.words != nullptr) after.assign(1, add_turn_node(graph_, after.data(), after.size(), edge, turn));
+  };
+  for (const OwnerCopies& from : list) {
+    add_turn(TurnEdge::begin, from.turn);
+    for (const DeviceCopy& copy : from.copies) after.assign(1, add_copy(copy, slot, after));
+    add_turn(TurnEdge::end, from.turn);
+  }
   return after.front();
 }
 

@@ -12,6 +12,7 @@
 namespace sidp::cache {
 
 class CudaRing;
+struct OwnerCopies;
 
 // The graph a stream is being captured into, and the nodes that its next work will depend on.
 struct CaptureView {
@@ -36,7 +37,7 @@ class CudaCapture {
   void issue(std::uint64_t forwards);
   void add_fetch(const Fetch& fetch);
   void count(int index, cudaGraphNode_t arrived);
-  cudaGraphNode_t add_copies(const std::vector<DeviceCopy>& copies, int slot, std::vector<cudaGraphNode_t> after);
+  cudaGraphNode_t add_copies(const std::vector<OwnerCopies>& list, int slot, std::vector<cudaGraphNode_t> after);
   cudaGraphNode_t add_copy(const DeviceCopy& copy, int slot, const std::vector<cudaGraphNode_t>& after);
 
   CudaRing& ring_;

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "../atomics.hpp"
 #include "../error.hpp"
 #include "cuda_ring.hpp"
 
@@ -45,15 +46,19 @@ void CudaRing::lay_out(const Placement& placement) {
   SIDP_CUDA_CHECK(cudaMemcpy(unit_table_.as<void>(), units.data(), units.size() * sizeof(DeviceUnit), cudaMemcpyHostToDevice));
 }
 
+Turn CudaRing::turn_at(int owner) const {
+  const auto place = static_cast<std::size_t>(owner);
+  if (place >= options_.turns.size() || options_.turns[place] == nullptr) return {};
+  return {options_.turns[place], held_word(owner), host_.as<HostWords>()};
+}
+
 // The copies of every unit by address: sliced for the copy engine, and returned as one table for the repairing kernel.
 std::vector<DeviceCopy> CudaRing::resolve() {
   std::vector<DeviceCopy> table;
   copies_.clear();
   remote_bytes_.clear();
   for (const std::vector<CopyOp>& ops : ops_) {
-    const auto lanes = static_cast<std::size_t>(options_.copy_lanes);
-    UnitCopies lists(lanes + 1);
-    std::vector<int> owners;  // in the order in which this rank comes to them
+    UnitCopies unit;
     std::uint64_t remote = 0;
     for (const CopyOp& op : ops) {
       // No extent lies on both sides of its owner's cut.
@@ -63,18 +68,13 @@ std::vector<DeviceCopy> CudaRing::resolve() {
       const DeviceCopy copy{source, op.target, op.width, op.height, op.source_pitch, op.target_pitch};
       table.push_back(copy);
       const bool own = op.owner == schedule_.rank() && !options_.own_is_remote && !spilled;
-      if (own) {
-        add_slices(lists.back(), copy, options_.slice_bytes);
-        continue;
-      }
-      const auto known = std::find(owners.begin(), owners.end(), op.owner);
-      const auto lane = static_cast<std::size_t>(known - owners.begin()) % lanes;
-      if (known == owners.end()) owners.push_back(op.owner);
-      add_slices(lists[lane], copy, options_.slice_bytes);
-      remote += op.bytes();
+      std::vector<OwnerCopies>& list = own ? unit.own : unit.remote;
+      const Turn turn = own || spilled ? Turn{} : turn_at(op.owner);
+      if (list.empty() || list.back().owner != op.owner || list.back().turn.words != turn.words) list.push_back({op.owner, turn, {}});
+      add_slices(list.back().copies, copy, options_.slice_bytes);
+      if (!own) remote += op.bytes();
     }
-    lists.erase(std::remove_if(lists.begin(), lists.end(), [](const auto& list) { return list.empty(); }), lists.end());
-    copies_.push_back(std::move(lists));
+    copies_.push_back(std::move(unit));
     remote_bytes_.push_back(remote);
   }
   return table;
@@ -87,6 +87,7 @@ void CudaRing::move_extents(int from, const std::vector<MovedExtent>& moved) {
     SIDP_REQUIRE(move.to >= 0 && static_cast<std::size_t>(move.to) < sources_.size(), LayoutError, "layer ", move.layer,
                  " would be read from area ", move.to, " of ", sources_.size());
   const DeviceGuard guard(options_.device);
+  store_release(&host_.as<HostWords>()->turns_off, 1);  // the lost rank may have been in its turn, or wait for one
   move_copies(schedule_, ops_, from, moved);
   const std::vector<DeviceCopy> table = resolve();
   // In place, for graphs that exist: a kernel that reads the table meanwhile finds the old address or the new one, whole, and

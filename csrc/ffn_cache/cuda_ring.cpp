@@ -18,13 +18,19 @@ bool is_capturing(cudaStream_t stream) {
   return status == cudaStreamCaptureStatusActive;
 }
 
-void copy_to(std::uint8_t* slot, const std::vector<DeviceCopy>& copies, cudaStream_t stream) {
-  for (const DeviceCopy& copy : copies) {
-    if (copy.height == 1)
-      SIDP_CUDA_CHECK(cudaMemcpyAsync(slot + copy.target, copy.source, copy.width, cudaMemcpyDefault, stream));
-    else
-      SIDP_CUDA_CHECK(cudaMemcpy2DAsync(slot + copy.target, copy.target_pitch, copy.source, copy.source_pitch, copy.width,
-                                        copy.height, cudaMemcpyDefault, stream));
+void copy_to(std::uint8_t* slot, const DeviceCopy& copy, cudaStream_t stream) {
+  if (copy.height == 1)
+    SIDP_CUDA_CHECK(cudaMemcpyAsync(slot + copy.target, copy.source, copy.width, cudaMemcpyDefault, stream));
+  else
+    SIDP_CUDA_CHECK(cudaMemcpy2DAsync(slot + copy.target, copy.target_pitch, copy.source, copy.source_pitch, copy.width,
+                                      copy.height, cudaMemcpyDefault, stream));
+}
+
+void copy_to(std::uint8_t* slot, const std::vector<OwnerCopies>& list, cudaStream_t stream) {
+  for (const OwnerCopies& from : list) {
+    if (from.turn.words != nullptr) launch_turn(TurnEdge::begin, from.turn, stream);
+    for (const DeviceCopy& copy : from.copies) copy_to(slot, copy, stream);
+    if (from.turn.words != nullptr) launch_turn(TurnEdge::end, from.turn, stream);
   }
 }
 
@@ -36,8 +42,6 @@ CudaRing::CudaRing(const Placement& placement, int rank, const std::vector<const
       options_(options),
       dead_rank_(dead_rank),
       sources_(sources),
-      side_streams_(static_cast<std::size_t>(std::max(1, options.copy_lanes))),
-      side_done_(side_streams_.size()),
       ready_(options.slots),
       used_(options.slots),
       plan_(schedule_),
@@ -45,8 +49,10 @@ CudaRing::CudaRing(const Placement& placement, int rank, const std::vector<const
       ready_generation_(options.slots, 0),
       used_generation_(options.slots, 0),
       open_mark_(placement.num_layers(), -1) {
-  SIDP_REQUIRE(options_.copy_lanes >= 1, ConfigError, "copy_lanes must be 1 or more, got ", options_.copy_lanes);
   const DeviceGuard guard(options_.device);
+  host_ = MappedHostMemory(sizeof(HostWords));
+  held_words_ = DeviceMemory(std::max<std::size_t>(1, sources_.size()) * sizeof(std::uint32_t));
+  SIDP_CUDA_CHECK(cudaMemset(held_word(0), 0, sources_.size() * sizeof(std::uint32_t)));
   lay_out(placement);
   const auto slots = static_cast<std::size_t>(options_.slots);
   slots_ = DeviceMemory(bytes());
@@ -54,10 +60,10 @@ CudaRing::CudaRing(const Placement& placement, int rank, const std::vector<const
   arrivals_ = DeviceMemory(kMostEnsured * sizeof(std::uint32_t));
   content_words_ = DeviceMemory(slots * sizeof(std::int32_t));
   SIDP_CUDA_CHECK(cudaMemset(content_word(0), 0xff, slots * sizeof(std::int32_t)));
-  host_ = MappedHostMemory(sizeof(HostWords));
   index_words_ = MappedHostMemory(static_cast<std::size_t>(schedule_.num_remote()) * sizeof(std::int32_t));
   for (int index = 0; index < schedule_.num_remote(); ++index) index_words_.as<std::int32_t>()[index] = index;
   preload_ring_kernels();
+  preload_turn_kernels();
   SIDP_CUDA_CHECK(cudaDeviceSynchronize());
   issue(nullptr);
 }
@@ -168,16 +174,15 @@ void CudaRing::enqueue_copy(int index, int slot) {
   std::uint8_t* target = slot_address(slot);
   const cudaStream_t stream = copy_stream_.get();
   if (options_.poison) SIDP_CUDA_CHECK(cudaMemsetAsync(target, 0xff, slot_stride_, stream));
-  const UnitCopies& lists = copies_[index];
-  if (lists.size() > 1) begun_.record(stream);
-  for (std::size_t i = 1; i < lists.size(); ++i) {
-    const cudaStream_t side = side_streams_[i - 1].get();
-    SIDP_CUDA_CHECK(cudaStreamWaitEvent(side, begun_.get(), 0));
-    copy_to(target, lists[i], side);
-    side_done_[i - 1].record(side);
+  const UnitCopies& unit = copies_[index];
+  if (!unit.own.empty()) {
+    begun_.record(stream);
+    SIDP_CUDA_CHECK(cudaStreamWaitEvent(own_stream_.get(), begun_.get(), 0));
+    copy_to(target, unit.own, own_stream_.get());
+    own_done_.record(own_stream_.get());
   }
-  copy_to(target, lists[0], stream);
-  for (std::size_t i = 1; i < lists.size(); ++i) SIDP_CUDA_CHECK(cudaStreamWaitEvent(stream, side_done_[i - 1].get(), 0));
+  copy_to(target, unit.remote, stream);
+  if (!unit.own.empty()) SIDP_CUDA_CHECK(cudaStreamWaitEvent(stream, own_done_.get(), 0));
 }
 
 // WAR: the fetch comes after the slot's last reader.

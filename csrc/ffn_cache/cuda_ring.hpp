@@ -17,6 +17,7 @@
 #include "../schedule.hpp"
 #include "cuda_objects.hpp"
 #include "cuda_trace.hpp"
+#include "cuda_turns.hpp"
 #include "cuda_words.hpp"
 #include "issue_plan.hpp"
 #include "moved_extent.hpp"
@@ -35,21 +36,29 @@ struct CudaRingOptions {
   std::vector<bool> local;  // by layer; empty: what the placement says
   HandOver hand_over = HandOver::events;
   std::uint64_t slice_bytes = 0;  // 0: a copy is not cut
-  int copy_lanes = 1;             // lists of copies from other ranks that run beside each other
   double timeout_s = 60;
   bool poison = false;
   std::vector<const std::uint8_t*> host_sources;  // by owner: the part of its extents that lies in host memory, or empty
   std::vector<std::uint64_t> cuts;                // by owner: where that part begins
+  std::vector<TurnWords*> turns;                  // by owner, null or left out: its readers take no turns there
   bool own_is_remote = false;                // fetches from this rank's own arena count too (host tier)
   std::uint64_t* activity = nullptr;         // counts uses, for peers that wait for this rank to finish
   std::uint64_t* device_activity = nullptr;  // the same word as kernels see it, or null
 };
 
-// A unit's copies, sliced, in lists that run beside each other. What comes from this device's own memory is the last list: the
-// copy engines that bring it would else keep the link idle meanwhile, at D = 2 for a quarter of the time. What comes from several
-// owners is spread over `copy_lanes` lists by owner: a rank that reads a little from every owner at all times takes from each of
-// them what it can give, whoever else reads there and in whatever step.
-using UnitCopies = std::vector<std::vector<DeviceCopy>>;
+// Copies from one owner, sliced. `turn.words` is null where readers take no turns.
+struct OwnerCopies {
+  int owner = -1;
+  Turn turn{};
+  std::vector<DeviceCopy> copies;
+};
+
+// A unit's copies. Both lists run beside each other: the copy engines that bring the own stripe from this device's
+// memory would else keep the link idle meanwhile, at D = 2 for a quarter of the time.
+struct UnitCopies {
+  std::vector<OwnerCopies> remote;
+  std::vector<OwnerCopies> own;
+};
 
 struct CudaRingStats {
   std::uint64_t fetches = 0;
@@ -100,6 +109,7 @@ class CudaRing {
   void check_usable() const;
   void lay_out(const Placement& placement);
   std::vector<DeviceCopy> resolve();
+  Turn turn_at(int owner) const;
   void issue(cudaStream_t stream);
   void enqueue(const Fetch& fetch);
   void enqueue_copy(int index, int slot);
@@ -117,6 +127,7 @@ class CudaRing {
   std::uint64_t* used_word(int slot) const { return words_.as<std::uint64_t>() + 2 + schedule_.slots() + slot; }
   std::uint64_t* issued_word() const { return words_.as<std::uint64_t>(); }
   std::uint64_t* done_word() const { return words_.as<std::uint64_t>() + 1; }
+  std::uint32_t* held_word(int owner) const { return held_words_.as<std::uint32_t>() + owner; }
   std::int32_t* content_word(int slot) const { return content_words_.as<std::int32_t>() + slot; }
 
   FetchSchedule schedule_;
@@ -131,15 +142,16 @@ class CudaRing {
   DeviceMemory slots_;
   DeviceMemory words_;
   DeviceMemory content_words_;
+  DeviceMemory held_words_;  // by owner
   DeviceMemory arrivals_;
   DeviceMemory copy_table_;
   DeviceMemory unit_table_;
   MappedHostMemory host_;
   MappedHostMemory index_words_;  // the number i at place i: what a copy engine writes into `content`
   Stream copy_stream_;
+  Stream own_stream_;  // for UnitCopies::own, between begun_ and own_done_ of copy_stream_
   Event begun_;
-  std::vector<Stream> side_streams_;  // for a unit's second list and on, between begun_ and side_done_ of copy_stream_
-  std::vector<Event> side_done_;
+  Event own_done_;
   std::vector<Event> ready_;
   std::vector<Event> used_;
   Event enter_;      // the caller's stream, as the copy stream sees it once graphs exist

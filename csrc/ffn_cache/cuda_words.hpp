@@ -23,6 +23,7 @@ struct HostWords {
   std::uint64_t repairs;        // slots a kernel had to fill because they did not hold what a use or a replay expected
   std::uint64_t stalls;         // waits that found their word not there yet (words only)
   std::uint64_t stall_ns;
+  std::uint32_t turns_off;      // this rank takes no turns at owners any more (cuda_turns.hpp); host, after a death, or device
 };
 
 // One row-wise copy of a unit, as the repairing kernel reads it.

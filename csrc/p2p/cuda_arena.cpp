@@ -43,7 +43,7 @@ CudaArena::CudaArena(int rank, int world_size, JobToken token, std::uint64_t ext
   allocate();
   std::vector<std::uint64_t> pattern(kProbeWords);
   for (std::uint64_t i = 0; i < kProbeWords; ++i) pattern[i] = probe_word(handle_.probe_seed, i);
-  SIDP_CUDA_CHECK(cudaMemset(memory_, 0, handle_.probe_offset));
+  SIDP_CUDA_CHECK(cudaMemset(memory_, 0, handle_.total_bytes));
   SIDP_CUDA_CHECK(cudaMemcpy(memory_ + handle_.probe_offset, pattern.data(), kProbeBytes, cudaMemcpyHostToDevice));
   SIDP_CUDA_CHECK(cudaDeviceSynchronize());
 }

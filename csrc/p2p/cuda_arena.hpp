@@ -26,6 +26,7 @@ class CudaArena {
   CudaArena& operator=(const CudaArena&) = delete;
 
   std::uint8_t* extents() const { return memory_; }
+  std::uint8_t* turns() const { return memory_ + cuda_turns_offset(handle_.extent_bytes); }
   std::uint64_t total_bytes() const { return handle_.mapped_bytes; }
   DeviceMemoryKind kind() const { return handle_.kind; }
   int device() const { return device_; }
@@ -57,6 +58,7 @@ class CudaPeerMapping {
 
   int rank() const { return handle_.rank; }
   const std::uint8_t* extents() const { return memory_; }
+  std::uint8_t* turns() const { return memory_ + cuda_turns_offset(handle_.extent_bytes); }
   void close();  // idempotent
   bool closed() const { return memory_ == nullptr; }
 

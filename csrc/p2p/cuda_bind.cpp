@@ -25,6 +25,7 @@ void bind_cuda_p2p(py::module_& m) {
            py::arg("rank"), py::arg("world_size"), py::arg("token"), py::arg("extent_bytes"), py::arg("device"),
            py::arg("kind") = "ipc")
       .def_property_readonly("extents", [](const CudaArena& arena) { return address(arena.extents()); })
+      .def_property_readonly("turns", [](const CudaArena& arena) { return address(arena.turns()); })
       .def_property_readonly("total_bytes", &CudaArena::total_bytes)
       .def("handle", [](CudaArena& arena) { return py::bytes(arena.handle()); })
       .def("share", [](const CudaArena& arena) { return std::make_shared<Descriptor>(arena.share()); })
@@ -41,6 +42,7 @@ void bind_cuda_p2p(py::module_& m) {
            py::arg("fd") = py::none())
       .def_property_readonly("rank", &CudaPeerMapping::rank)
       .def_property_readonly("extents", [](const CudaPeerMapping& mapping) { return address(mapping.extents()); })
+      .def_property_readonly("turns", [](const CudaPeerMapping& mapping) { return address(mapping.turns()); })
       .def("close", &CudaPeerMapping::close, NoGil())
       .def_property_readonly("closed", &CudaPeerMapping::closed);
   py::class_<PinnedRange, std::shared_ptr<PinnedRange>>(m, "PinnedRange")

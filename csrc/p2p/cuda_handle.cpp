@@ -12,7 +12,7 @@ namespace sidp {
 namespace {
 
 constexpr char kMagic[8] = {'S', 'I', 'D', 'P', 'C', 'U', 'D', 'A'};
-constexpr std::uint32_t kVersion = 2;
+constexpr std::uint32_t kVersion = 3;
 constexpr std::uint64_t kPage = 2ull << 20;
 constexpr std::uint64_t kMostPadding = 1ull << 30;  // of a driver's pages, far above any that exists
 
@@ -68,8 +68,10 @@ std::uint64_t probe_word(std::uint64_t seed, std::uint64_t i) {
 
 std::uint64_t cuda_probe_offset(std::uint64_t extent_bytes) { return (extent_bytes + kProbeBytes - 1) / kProbeBytes * kProbeBytes; }
 
+std::uint64_t cuda_turns_offset(std::uint64_t extent_bytes) { return cuda_probe_offset(extent_bytes) + kProbeBytes; }
+
 std::uint64_t cuda_total_bytes(std::uint64_t extent_bytes) {
-  return (cuda_probe_offset(extent_bytes) + kProbeBytes + kPage - 1) / kPage * kPage;
+  return (cuda_turns_offset(extent_bytes) + kTurnBytes + kPage - 1) / kPage * kPage;
 }
 
 std::string encode_cuda_handle(const CudaHandle& handle) {

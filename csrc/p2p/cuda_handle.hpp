@@ -35,12 +35,15 @@ struct CudaHandle {
 
 constexpr std::size_t kCudaHandleBytes = 272;
 constexpr std::uint64_t kProbeBytes = 4096;
+constexpr std::uint64_t kTurnBytes = 4096;
 
 // Word `i` of the probe page.
 std::uint64_t probe_word(std::uint64_t seed, std::uint64_t i);
 
-// Where the areas lie: the extents at 0, then the probe page; whole 2 MiB pages in all.
+// Where the areas lie: the extents at 0, then the probe page, then the words by which readers take turns
+// (ffn_cache/cuda_turns.hpp); whole 2 MiB pages in all.
 std::uint64_t cuda_probe_offset(std::uint64_t extent_bytes);
+std::uint64_t cuda_turns_offset(std::uint64_t extent_bytes);
 std::uint64_t cuda_total_bytes(std::uint64_t extent_bytes);
 
 std::string encode_cuda_handle(const CudaHandle& handle);

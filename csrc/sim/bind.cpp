@@ -37,7 +37,6 @@ void bind_inputs(py::module_& m) {
       .def_readwrite("copy_bytes", &Fabric::copy_bytes)
       .def_readwrite("incast", &Fabric::incast)
       .def_readwrite("turns", &Fabric::turns)
-      .def_readwrite("lanes", &Fabric::lanes)
       .def_readwrite("slice_bytes", &Fabric::slice_bytes)
       .def_readwrite("slice_pauses", &Fabric::slice_pauses)
       .def_readwrite("round_trip_s", &Fabric::round_trip_s)

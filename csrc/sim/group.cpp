@@ -61,8 +61,6 @@ void Group::check() const {
   SIDP_REQUIRE(o.jitter >= 0 && o.jitter < 1, ConfigError, "jitter must be 0 or more and less than 1, got ", o.jitter);
   SIDP_REQUIRE(job_.fabric.slice_bytes == 0 || job_.fabric.slice_bytes >= 1, ConfigError,
                "slice_bytes must be 0 or 1 byte and more, got ", job_.fabric.slice_bytes);
-  SIDP_REQUIRE(job_.fabric.lanes >= 1 && (job_.fabric.lanes == 1 || (!job_.fabric.turns && job_.fabric.slice_bytes == 0)),
-               ConfigError, "lanes must be 1, or more without turns and slices, got ", job_.fabric.lanes);
   SIDP_REQUIRE(!negative(o.wake_s) && std::none_of(o.compute_factors.begin(), o.compute_factors.end(), negative) &&
                    std::none_of(job_.fabric.slice_pauses.begin(), job_.fabric.slice_pauses.end(), negative),
                ConfigError, "wake_s, compute_factors and slice_pauses must be 0 or more");
@@ -109,11 +107,6 @@ void Group::start(int rank, double now) {
     if (lanes_[lane].rank == rank) next_iteration(lane, now);
 }
 
-void Group::copied(int rank, int lane, double now) {
-  if (members_[rank].ring->copied(lane, now) && lanes_[rank].phase == Phase::stalled)
-    events_.at(now + job_.options.wake_s, What::woken, rank);
-}
-
 void Group::handle(const Event& event) {
   const int who = event.who;
   switch (event.what) {
@@ -125,7 +118,8 @@ void Group::handle(const Event& event) {
       break;
     case What::copy_done:
       if (!links_.current(who, event.tag) || links_.goes_on(who, event.time)) break;
-      copied(links_.reader(who), who, event.time);
+      if (members_[who].ring->copied(event.time) && lanes_[who].phase == Phase::stalled)
+        events_.at(event.time + job_.options.wake_s, What::woken, who);
       break;
     case What::woken:
       lanes_[who].stall_s += event.time - lanes_[who].stalled_at;

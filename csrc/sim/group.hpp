@@ -50,7 +50,6 @@ class Group {
   void check() const;
   void handle(const Event& event);
   void start(int rank, double now);
-  void copied(int rank, int lane, double now);
 
   // An iteration, from admission to its end.
   void next_iteration(int lane, double now);

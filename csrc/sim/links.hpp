@@ -1,9 +1,6 @@
-// Owners' egress and readers' ingress as a fluid. A reader copies one thing at a time on each of its lanes, as a copy engine
-// does, and divides its ingress evenly among those that are busy; an owner divides its egress evenly among the lanes that read from
-// it, or lets them take turns. What one side leaves unused the other's copies do not get. Or in slices, as the CPU backend's copy
+// Owners' egress and readers' ingress as a fluid. A reader copies one thing at a time, as its copy engine does; an owner
+// divides its egress evenly among those that read from it, or lets them take turns. Or in slices, as the CPU backend's copy
 // engine works: each waits for its turn at the owner, and its reader sleeps a little longer than it had to.
-//
-// A lane's number is reader * lanes + its place: `who` of a copy_done event.
 #pragma once
 
 #include <cstdint>
@@ -19,14 +16,12 @@ class Links {
  public:
   Links(const Fabric& fabric, int world, EventQueue& events, Jitter& jitter);
 
-  int lanes() const { return fabric_.lanes; }
-  int reader(int lane) const { return lane / fabric_.lanes; }
-  // `lane` begins to copy `bytes` in `copies` pieces from `owner`; a copy_done event with its version tells the end.
-  void start(int lane, int owner, std::uint64_t bytes, int copies, double now);
-  bool current(int lane, std::uint64_t version) const { return flows_[lane].version == version; }
+  // `reader` begins to copy `bytes` in `copies` pieces from `owner`; a copy_done event with its version() tells the end.
+  void start(int reader, int owner, std::uint64_t bytes, int copies, double now);
+  bool current(int reader, std::uint64_t version) const { return flows_[reader].version == version; }
   // At a copy_done event: true where that was a slice, and the next one has begun.
-  bool goes_on(int lane, double now);
-  void finish(int lane, double now);
+  bool goes_on(int reader, double now);
+  void finish(int reader, double now);
 
   const std::vector<std::vector<std::uint64_t>>& read() const { return read_; }
   const std::vector<double>& feeding_s() const { return feeding_s_; }
@@ -43,16 +38,14 @@ class Links {
   };
 
   void count(int owner, double now);
-  void share_again(int lane, double now);
-  void rate_again(int lane, double now);
-  void next_slice(int lane, double now);
+  void share_again(int owner, double now);
+  void next_slice(int reader, double now);
 
   const Fabric fabric_;
   EventQueue& events_;
   Jitter& jitter_;
-  std::vector<Flow> flows_;                // by lane
-  std::vector<std::vector<int>> readers_;  // by owner: lanes
-  std::vector<int> busy_;                  // by reader: lanes that copy from others
+  std::vector<Flow> flows_;                // by reader
+  std::vector<std::vector<int>> readers_;  // by owner
   std::vector<double> egress_free_at_;
   std::vector<double> counted_to_;
   std::vector<std::vector<std::uint64_t>> read_;

@@ -36,7 +36,6 @@ struct Fabric {
   double copy_bytes = 0;           // what issuing a copy costs, as bytes at the full rate
   double incast = 0;               // of n readers of one owner the egress keeps 1 / (1 + incast (n - 1))
   bool turns = false;              // an owner feeds its readers one after another instead of all at once
-  int lanes = 1;                   // owners that a reader copies from at once; they share its ingress evenly
   double slice_bytes = 0;          // copies go in slices, which an owner gives out in the order of asking; 0: as a fluid
   std::vector<double> slice_pauses;  // seconds after each slice of a copy, drawn once a copy; with slice_bytes only
   double round_trip_s = 0;         // of a CaS request besides bytes and computing

@@ -1,7 +1,5 @@
 #include "ring_model.hpp"
 
-#include <algorithm>
-
 #include "../error.hpp"
 
 namespace sidp::sim {
@@ -12,16 +10,10 @@ RingModel::RingModel(const Placement& placement, int rank, int slots, bool peak_
       schedule_(placement, rank, slots, peak_shifting),
       content_(slots, -1),
       ready_(slots, 0),
-      released_(slots, 0),
-      copy_(links.lanes(), 0) {
+      released_(slots, 0) {
   for (int index = 0; index < schedule_.num_remote(); ++index) {
-    auto& lists = copies_.emplace_back(links.lanes());
-    std::vector<int> owners;  // others, in the order in which this rank comes to them: lanes are given out by owner
+    auto& copies = copies_.emplace_back();
     for (const CopyOp& op : placement.copies(schedule_.layer(index), rank)) {
-      const auto known = std::find(owners.begin(), owners.end(), op.owner);
-      const std::size_t lane = op.owner == rank ? 0 : (known - owners.begin()) % lists.size();
-      if (op.owner != rank && known == owners.end()) owners.push_back(op.owner);
-      auto& copies = lists[lane];
       if (copies.empty() || copies.back().owner != op.owner) copies.push_back({op.owner, 0, 0});
       copies.back().bytes += op.bytes();
       ++copies.back().pieces;
@@ -44,7 +36,7 @@ void RingModel::release(int layer, double now) {
 }
 
 bool RingModel::next_may_start() const {
-  return queue_ && copying_ == 0 && !paused_ && (pending_.after == kNever || released_[pending_.slot] > pending_.after);
+  return queue_ && !copying_ && !paused_ && (pending_.after == kNever || released_[pending_.slot] > pending_.after);
 }
 
 void RingModel::pump(double now) {
@@ -53,28 +45,27 @@ void RingModel::pump(double now) {
       filled();
       continue;
     }
+    copying_ = true;
+    copy_ = 0;
     began_ = now;
     content_[pending_.slot] = -1;
-    for (int lane = 0; lane < links_.lanes(); ++lane) {
-      copy_[lane] = 0;
-      if (next_copy(lane, now)) ++copying_;
-    }
+    next_copy(now);
   }
 }
 
-// False where the lane has nothing left of this fetch.
-bool RingModel::next_copy(int lane, double now) {
-  const std::vector<Copy>& mine = copies_[pending_.index][lane];
-  if (copy_[lane] == mine.size()) return false;
-  const Copy& copy = mine[copy_[lane]++];
-  links_.start(rank_ * links_.lanes() + lane, copy.owner, copy.bytes, copy.pieces, now);
+void RingModel::next_copy(double now) {
+  const Copy& copy = copies_[pending_.index][copy_];
+  links_.start(rank_, copy.owner, copy.bytes, copy.pieces, now);
   if (copy.owner != rank_) fetched_bytes_ += copy.bytes;
-  return true;
 }
 
-bool RingModel::copied(int lane, double now) {
-  links_.finish(lane, now);
-  if (next_copy(lane - rank_ * links_.lanes(), now) || --copying_ > 0) return false;
+bool RingModel::copied(double now) {
+  links_.finish(rank_, now);
+  if (++copy_ < copies_[pending_.index].size()) {
+    next_copy(now);
+    return false;
+  }
+  copying_ = false;
   ++fetches_;
   fetch_s_ += now - began_;
   content_[pending_.slot] = pending_.index;

@@ -18,8 +18,8 @@ class RingModel {
   // The next use of `layer`: true where its bytes are here. Otherwise copied() says when.
   bool claim(int layer);
   void release(int layer, double now);
-  // The copy that ran on `lane` (of all, as links.hpp numbers them) has ended. True where the use that was claimed last can go on.
-  bool copied(int lane, double now);
+  // The running copy has ended. True where the use that was claimed last can go on.
+  bool copied(double now);
   void pause(bool paused, double now);
   // Begins what can begin.
   void pump(double now);
@@ -36,20 +36,19 @@ class RingModel {
   };
 
   bool next_may_start() const;
-  bool next_copy(int lane, double now);
+  void next_copy(double now);
   void filled();
 
   const int rank_;
   Links& links_;
   FetchSchedule schedule_;
   std::unique_ptr<FetchQueue> queue_;           // null: nothing to fetch
-  std::vector<std::vector<std::vector<Copy>>> copies_;  // by remote index and lane
+  std::vector<std::vector<Copy>> copies_;       // by remote index, one for each owner
   std::vector<int> content_;                    // by slot: remote index
   std::vector<std::uint64_t> ready_, released_;  // by slot: ticket + 1
   Fetch pending_;
-  bool paused_ = false;
-  int copying_ = 0;                 // lanes that are busy with the pending fetch
-  std::vector<std::size_t> copy_;   // by lane of this rank: its next copy
+  bool copying_ = false, paused_ = false;
+  std::size_t copy_ = 0;
   double began_ = 0;
   std::uint64_t next_ticket_ = 0, fetches_ = 0, fetched_bytes_ = 0;
   double fetch_s_ = 0;

@@ -15,7 +15,7 @@ from .device import device_bytes
 from .errors import ConfigError, SidpError
 from .spill import SplitMemory
 from .transport import ShmTransport
-from .transport_gpu import GpuTransport, HostTransport
+from .transport_gpu import GpuTransport, HostTransport, takes_turns
 
 logger = logging.getLogger(__name__)
 
@@ -149,6 +149,14 @@ class CudaTransport(GpuTransport):
             "activity": self._arena.activity,
             "keep": self._keep(),
         }
+
+    def ring_arguments(self) -> dict:
+        arguments = super().ring_arguments()
+        if takes_turns(self._control.world_size):
+            ranks = range(self._control.world_size)
+            own = self._control.rank
+            arguments["turns"] = [(self._memory if rank == own else self._peers[rank]).turns for rank in ranks]
+        return arguments
 
     def source(self, rank: int) -> int:
         return (self._memory if rank == self._control.rank else self._peers[rank]).extents

@@ -12,7 +12,6 @@ from .control import ControlPlane
 from .errors import ConfigError
 from .transport import ShmTransport, poison_wanted
 
-_MOST_LANES = 16
 _PAGE = 4096
 
 
@@ -104,6 +103,18 @@ class HostTransport(GpuTransport):
         return self._host_sources[rank]
 
 
+def takes_turns(world_size: int) -> bool:
+    """Whether the readers of one owner take turns: by default where an owner has more than one.
+
+    Raises:
+        ConfigError: SIDP_TURNS is neither auto, 0 nor 1.
+    """
+    wish = os.environ.get("SIDP_TURNS", "auto")
+    if wish not in ("auto", "0", "1"):
+        raise ConfigError(f"environment variable SIDP_TURNS={wish!r}: expected auto, 0 or 1")
+    return world_size > 2 if wish == "auto" else wish == "1"
+
+
 def _ring_settings() -> dict:
     text = os.environ.get("SIDP_SLICE_MB", "0")
     try:
@@ -112,14 +123,8 @@ def _ring_settings() -> dict:
         slice_mb = -1.0
     if not 0 <= slice_mb < 1e6:
         raise ConfigError(f"environment variable SIDP_SLICE_MB={text!r}: expected MB, 0 for whole copies")
-    lanes = os.environ.get("SIDP_COPY_LANES", "1")
-    if not lanes.isdecimal() or not 1 <= int(lanes) <= _MOST_LANES:
-        raise ConfigError(
-            f"environment variable SIDP_COPY_LANES={lanes!r}: expected 1 ... {_MOST_LANES} owners read at once"
-        )
     return {
         "poison": poison_wanted(),
         "hand_over": os.environ.get("SIDP_HAND_OVER", "events"),
         "slice_bytes": int(slice_mb * (1 << 20)),
-        "copy_lanes": int(lanes),
     }

@@ -157,11 +157,11 @@ def test_processes_on_one_gpu(handles, world, placement, monkeypatch):
         assert same and fetches > 0
 
 
-@pytest.mark.parametrize("lanes", [2, 3])
-def test_processes_that_read_several_owners_at_once(lanes, monkeypatch):
+@pytest.mark.parametrize("placement", ["layer", "striped"])
+def test_processes_whose_readers_take_no_turns(placement, monkeypatch):
     monkeypatch.setenv("SIDP_POISON", "1")
-    monkeypatch.setenv("SIDP_COPY_LANES", str(lanes))
-    for same, fetches in parallel_launch(group_body, 4, "striped", True, True, timeout=100):
+    monkeypatch.setenv("SIDP_TURNS", "0")
+    for same, fetches in parallel_launch(group_body, 4, placement, True, True, timeout=100):
         assert same and fetches > 0
 
 

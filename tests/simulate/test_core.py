@@ -57,47 +57,6 @@ def test_two_readers_of_one_owner_share_its_egress():
     assert result.ranks[1].stall_s >= 2.0 - 1e-9
 
 
-def test_lanes_share_their_readers_ingress_and_the_owners_egress():
-    """D=3, striped, one reader: two parts of a third each from two owners, at half the rate each beside each other, or at the whole
-    one after the other. With all three reading, each owner gives halves to two lanes: nobody is slower for it."""
-    for lanes in (1, 2):
-        for ranks in ([0], [0, 1, 2]):
-            placement = placement_of(3, 1, "striped")
-            part = placement.unit(0).bytes / 3
-            requests = [C.SimRequest(0, 1, 1, rank=rank) for rank in ranks]
-            job = job_of(placement, 3, slots=1, ffn=100.0, link=part, requests=requests)
-            change_fabric(job, lanes=lanes)
-            result = C.simulate(placement, job)
-            assert [result.ranks[rank].stall_s for rank in ranks] == pytest.approx([2.0] * len(ranks), rel=1e-3)
-
-
-def test_lanes_keep_an_owner_fed_that_one_lane_would_meet_with_another():
-    """D=3, striped. Rank 1 begins a second late. One lane: it comes to owner 2 when rank 0 does, and to owner 0 alone. Two lanes read
-    both owners from the start."""
-    took = {}
-    for lanes in (1, 2):
-        placement = placement_of(3, 1, "striped")
-        part = placement.unit(0).bytes / 3
-        requests = [C.SimRequest(0, 1, 1, rank=rank) for rank in (0, 1)]
-        job = job_of(placement, 3, slots=1, ffn=100.0, link=part, requests=requests)
-        job.starts = [0.0, 1.0, 0.0]
-        change_fabric(job, lanes=lanes)
-        took[lanes] = [C.simulate(placement, job).ranks[rank].stall_s for rank in (0, 1)]
-    # Rank 0: owner 1 until 1, owner 2 shared with rank 1 from 1 to 3. Rank 1: owner 2 shared until 3, owner 0 until 4.
-    assert took[1] == pytest.approx([3.0, 3.0], rel=1e-3)
-    # Rank 0: half of both parts until 1; then owner 2 is shared evenly at half, which is what rank 0's lane takes of it anyway.
-    assert took[2] == pytest.approx([2.0, 2.0], rel=1e-3)
-
-
-def test_lanes_go_with_neither_turns_nor_slices():
-    for wrong in ({"lanes": 0}, {"lanes": 2, "turns": True}, {"lanes": 2, "slice_bytes": 1e6}):
-        placement = placement_of(3, 3, "striped")
-        job = job_of(placement, 3)
-        change_fabric(job, **wrong)
-        with pytest.raises(ConfigError, match="lanes"):
-            C.simulate(placement, job)
-
-
 def test_owners_that_take_turns_do_not_slow_the_first_reader():
     placement = placement_of(3, 3)
     nbytes = placement.unit(0).bytes

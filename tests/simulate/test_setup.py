@@ -68,18 +68,6 @@ def test_out_of_step_the_shifted_order_is_lost_unless_owners_take_turns():
     assert in_turns < 1.05 * in_step
 
 
-def test_a_lane_for_every_owner_parts_ranks_that_are_out_of_step():
-    requests = workload.decoding(4, 32, 30, 256)
-    in_step, one_lane, lanes = (
-        run(
-            setup_of(mode="was", placement="striped", engine=Engine(jitter=jitter), fabric=Fabric(lanes=n)), requests
-        ).iteration_s
-        for jitter, n in ((0, 1), (0.02, 1), (0.02, 3))
-    )
-    assert one_lane > 1.3 * in_step
-    assert lanes < 1.05 * in_step
-
-
 def test_a_seed_repeats_a_run_and_another_does_not():
     first, again = (run(setup_of(mode="auto"), small_job()) for _ in range(2))
     assert first.native.finished_s == again.native.finished_s

@@ -67,7 +67,6 @@ class Fabric:
         incast: with n readers at once an owner's egress keeps 1 / (1 + incast * (n - 1)) of its rate. 0 is a fair fabric that
             loses nothing; no measurement of NVLink is known to us.
         turns: an owner feeds its readers one after another, each at the full rate, as a lock at each owner would make them; sidp has none.
-        lanes: owners that a rank reads at once in `striped` (SIDP_COPY_LANES); not together with turns.
         round_trip_s: of a CaS request besides bytes and computing; None takes the GPU's.
         copy_bytes: what issuing a copy costs, as bytes at the full rate: 4 MB reach 70 % of it, 16 MB 90 %.
         local_gbps: a rank's own extent into its slot (one H100).
@@ -77,7 +76,6 @@ class Fabric:
     ingress_gbps: float | None = None
     incast: float = 0.0
     turns: bool = False
-    lanes: int = 1
     round_trip_s: float | None = None
     copy_bytes: float = 1.7e6
     local_gbps: float = 1481.0
@@ -88,7 +86,7 @@ class Fabric:
         made.egress_bytes_per_s = self.egress_gbps * 1e9 if self.egress_gbps else gpu.link_bytes_per_s
         made.ingress_bytes_per_s = self.ingress_gbps * 1e9 if self.ingress_gbps else gpu.link_bytes_per_s
         made.local_bytes_per_s = self.local_gbps * 1e9
-        made.copy_bytes, made.incast, made.turns, made.lanes = self.copy_bytes, self.incast, self.turns, self.lanes
+        made.copy_bytes, made.incast, made.turns = self.copy_bytes, self.incast, self.turns
         made.round_trip_s = gpu.round_trip_s if self.round_trip_s is None else self.round_trip_s
         made.send_row_bytes = model.hidden * model.dtype.itemsize
         made.reply_row_bytes = model.hidden * (4 if striped else model.dtype.itemsize)

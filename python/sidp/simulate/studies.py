@@ -37,7 +37,7 @@ def steady(setup: Setup, rows: int) -> Point:
 
 
 def placements(dp: int = 8, gpu: str = "h20-141") -> Iterator[tuple[str, Point]]:
-    """Qwen3-32B by WaS: placements, an owner that is fair or lets its readers take turns, and a rank that reads all owners at once."""
+    """Qwen3-32B by WaS: placements, and an owner that is fair or lets its readers take turns."""
     d = node("Qwen3-32B", gpu, dp, 1)
     ways = {
         "layer, plain order": Setup(d, mode="was", peak_shifting=False),
@@ -45,7 +45,6 @@ def placements(dp: int = 8, gpu: str = "h20-141") -> Iterator[tuple[str, Point]]
         "striped": Setup(d, mode="was", placement="striped"),
         "layer, shifted, owners take turns": Setup(d, mode="was", fabric=Fabric(turns=True)),
         "striped, owners take turns": Setup(d, mode="was", placement="striped", fabric=Fabric(turns=True)),
-        "striped, a lane for every owner": Setup(d, mode="was", placement="striped", fabric=Fabric(lanes=dp - 1)),
     }
     for name, setup in ways.items():
         for rows in (32, 96, 128, 160, 192, 256, 384):
