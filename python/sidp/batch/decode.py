@@ -4,6 +4,8 @@ A step in which every request has one new token is the same work step after step
 launching takes the host longer than the GPU needs for them. transformers' engine already keeps such steps apart, with a table of
 pages instead of an index for every key, where the flash-attn package is installed; here torch's own kernel reads the pages
 (attention.py), and the step is captured once for each size of batch and replayed. Steps with prompts in them run as before.
+Where steps are captured, the engine lays out a step while the one before it runs (its asynchronous batching): it has two sets of
+inputs then, which take turns, and each has graphs of its own.
 
 A captured step keeps the mode (WaS or CaS) that the pool took for its rows while it was captured.
 """
@@ -55,17 +57,20 @@ class DecodeSteps:
     def __init__(self, manager: Any, pool: Any, page: int, graphs: bool) -> None:
         processor = manager.batch_processor
         self._runner, self._ios, cache = processor.model_runner, processor.inputs_and_outputs, processor.cache
+        self._sets = getattr(self._ios, "io_pairs", None)  # of inputs, where the engine lays out steps ahead
         self._limit = self._runner.cb_config.max_requests_per_batch
         self._pool, self._page = pool, page
-        self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Counter]] = {}
+        self._graphs: dict[tuple[int, int, int], tuple[torch.cuda.CUDAGraph, Counter]] = {}
         self.captures = graphs and self._ios.compute_stream is not None
         self._memory = torch.cuda.graph_pool_handle() if self.captures else None
         self.calls: Counter = Counter()
-        pinned = self._ios.block_table.is_cuda
-        self._table = torch.full(self._ios.block_table.shape, -1, dtype=torch.int32, pin_memory=pinned)
-        self._rows: list[tuple[str, int] | None] = [None] * self._table.shape[1]  # (request, its pages) in the table
+        self._rows: list[tuple[str, int] | None] = []  # (request, its pages) in the table
         self._filled = 0
-        self._fill_other, cache.fill_block_table = cache.fill_block_table, self._fill
+        if self._sets is None:  # otherwise the engine's own table is on the host already
+            pinned = self._ios.block_table.is_cuda
+            self._table = torch.full(self._ios.block_table.shape, -1, dtype=torch.int32, pin_memory=pinned)
+            self._rows = [None] * self._table.shape[1]
+            self._fill_other, cache.fill_block_table = cache.fill_block_table, self._fill
         self._compute_other = self._runner.compute_batch
         self._take_tokens = self._ios.prepare_batch_update
         self._runner.maybe_pad_inputs = self._pad
@@ -95,19 +100,21 @@ class DecodeSteps:
             self._fill_other(request, past, new, self._table[:, row])
 
     def _compute(self, model: Any, batch_data: dict[str, Any]) -> None:
-        stream, rows = self._ios.compute_stream, self._ios.num_q_tokens
-        if self._ios.use_block_table:
+        place = 0 if self._sets is None else self._ios.current_pair
+        laid_out = self._ios if self._sets is None else self._sets[place].host_io
+        stream, rows = self._ios.compute_stream, laid_out.num_q_tokens
+        if self._sets is None and laid_out.use_block_table:
             self._ios.block_table[:, :rows].copy_(self._table[:, :rows], non_blocking=True)
         if stream is not None:  # inputs were written in another stream
             stream.wait_stream(torch.cuda.current_stream())
-        if not self._ios.use_block_table:
+        if not laid_out.use_block_table:
             self._compute_other(model, batch_data)
             return
         if self._runner.supports_logits_to_keep(model):
             batch_data["logits_to_keep"] = batch_data["logits_indices"]
-        longest = max(future.state.position_offset for future in self._ios.requests_in_batch)
+        longest = max(future.state.position_offset for future in laid_out.requests_in_batch)
         pages = round_up(-(-longest // self._page), _LONGEST // self._page)
-        key = (rows, pages)
+        key = (place, rows, pages)
         with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
             if key in self._graphs:
                 graph, calls = self._graphs[key]
@@ -120,7 +127,7 @@ class DecodeSteps:
             if self.captures:
                 self._capture(key, args, stream)
 
-    def _capture(self, key: tuple[int, int], args: tuple, stream: torch.cuda.Stream) -> None:
+    def _capture(self, key: tuple[int, int, int], args: tuple, stream: torch.cuda.Stream) -> None:
         """The step has run already; this records it for the next time."""
         stream.synchronize()
         before = self._count()

@@ -135,7 +135,7 @@ class PagedEngine:
             # A shared prefix is computed once, in whichever batch came first: tokens would depend on timing.
             allow_block_sharing=not self._options.grouped,
             safety_margin=0.0,  # the request limit keeps the cache from overflowing
-            use_async_batching=False,
+            use_async_batching=self._options.graphs and model.device.type == "cuda" and decode.in_place(model),
             use_cuda_graph=False,  # decode.py has its own
         )
         # Ends and limits are per request; do_sample=False since sampling is ours (sampling.py).

@@ -74,6 +74,9 @@ def serve(context: Any, job: Job) -> None:
     """Collective in a pooled run. Raises SidpError; what was settled until then is in the output."""
     if job.may_send_from_graphs and _devices() > 1:  # on one GPU the ranks read each other's layers in place
         os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
+    if job.backend != "cpu" and "PYTORCH_ALLOC_CONF" not in os.environ:
+        # A model of many tensors of a few MB would else leave gaps in torch's segments: 150 MB of KV cache for 8B.
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     board = Board(job.board)
     board.join(context.rank)
     with contextlib.ExitStack() as stack:
