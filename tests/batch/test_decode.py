@@ -22,6 +22,33 @@ def test_sizes_are_rounded_up_by_a_fifth_at_most_to_few_values():
         assert decode.round_up(count, count) == count
 
 
+def capture_all(sizes, steps):
+    """Steps of so many rows, each size being captured when it is laid out for the second time; the sizes laid out."""
+    captured, seen, laid_out = set(), set(), []
+    for rows in steps:
+        laid_out.append(sizes.choose(rows, captured))
+        (captured if laid_out[-1] in seen else seen).add(laid_out[-1])
+    return laid_out, captured
+
+
+def test_a_batch_that_empties_is_run_with_few_graphs():
+    laid_out, captured = capture_all(decode.Sizes(140, exact=False), [140] * 40 + list(range(139, 0, -2)))
+    assert all(size >= rows for size, rows in zip(laid_out, [140] * 40 + list(range(139, 0, -2)), strict=True))
+    assert 140 in captured and len(captured) <= 3
+
+
+def test_a_size_that_stays_gets_its_own_graph():
+    laid_out, captured = capture_all(decode.Sizes(512, exact=False), [512, 512, 512, *[300] * 100])
+    assert laid_out[3:20] == [512] * 17 and laid_out[-50:] == [320] * 50 and captured == {512, 320}
+    far, _ = capture_all(decode.Sizes(512, exact=False), [512, 512, 512, *[20] * 20])
+    assert far.index(20) < 12  # sooner where much is wasted
+
+
+def test_sizes_of_a_batch_with_fixed_groups_depend_on_the_batch_alone():
+    laid_out, _ = capture_all(decode.Sizes(140, exact=True), [140, 140, 140, 60, 33])
+    assert laid_out == [140, 140, 140, 64, 40]
+
+
 def reference_pages(query, keys, values, plan, page, scale):
     """What the kernel gives for every page, in float64; +inf and zeros where a page has no keys."""
     outputs, log_sums = [], []
@@ -115,7 +142,7 @@ class FakeEngine:
 def test_pages_are_looked_up_only_where_a_request_or_its_number_of_pages_is_new():
     engine = FakeEngine(limit=8, width=4)
     real = engine.fill_block_table
-    steps = decode.DecodeSteps(engine, None, PAGE, True)
+    steps = decode.DecodeSteps(engine, None, PAGE, True, True)
     assert engine.fill_block_table != real and not steps.captures
     engine.pages = {"a": [3, 4], "b": [7], "c": [1, 2, 5]}
     looked_up: list[str] = []

@@ -39,7 +39,7 @@ def search(name, folder, *defines):
 
 
 def test_every_protocol_has_a_model():
-    assert MODELS == ["life", "mailbox", "recovery", "relaunch", "slot"]
+    assert MODELS == ["life", "mailbox", "recovery", "relaunch", "slot", "turns"]
 
 
 @pytest.mark.parametrize("name", MODELS)

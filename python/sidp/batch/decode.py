@@ -4,6 +4,7 @@ A step in which every request has one new token is the same work step after step
 launching takes the host longer than the GPU needs for them. transformers' engine already keeps such steps apart, with a table of
 pages instead of an index for every key, where the flash-attn package is installed; here torch's own kernel reads the pages
 (attention.py), and the step is captured once for each size of batch and replayed. Steps with prompts in them run as before.
+To capture a size costs as much as a few steps that are launched, so few sizes are (`Sizes`).
 Where steps are captured, the engine lays out a step while the one before it runs (its asynchronous batching): it has two sets of
 inputs then, which take turns, and each has graphs of its own.
 
@@ -46,6 +47,31 @@ def round_up(count: int, limit: int) -> int:
     return min(-(-count // step) * step, limit)
 
 
+class Sizes:
+    """How many rows a decode step is laid out with.
+
+    A batch that empties passes through every number of rows once or twice; a graph of its own for each would cost more than it
+    gives, and a step takes hardly longer with half as many rows again. So a larger graph that exists is taken, until the step's
+    own size has been wanted often. `exact`: always the step's own size, so that what a step computes depends on it alone.
+    """
+
+    PATIENCE = 24  # steps; with a graph more than twice too large, a quarter of them
+
+    def __init__(self, limit: int, exact: bool) -> None:
+        self._limit, self._exact = limit, exact
+        self._wanted: Counter = Counter()
+
+    def choose(self, rows: int, captured: set[int]) -> int:
+        """`captured`: sizes that graphs exist of."""
+        own = round_up(rows, self._limit)
+        larger = min((size for size in captured if size >= own), default=own)
+        if self._exact or larger == own:
+            return own
+        self._wanted[own] += 1
+        patience = self.PATIENCE if larger <= 2 * own else self.PATIENCE // 4
+        return own if self._wanted[own] > patience else larger
+
+
 class DecodeSteps:
     """Takes over the decode steps of a manager that has been warmed up.
 
@@ -54,11 +80,12 @@ class DecodeSteps:
         calls: FFN calls by mode in replayed steps, which the pool's own count does not see.
     """
 
-    def __init__(self, manager: Any, pool: Any, page: int, graphs: bool) -> None:
+    def __init__(self, manager: Any, pool: Any, page: int, graphs: bool, exact: bool) -> None:
         processor = manager.batch_processor
         self._runner, self._ios, cache = processor.model_runner, processor.inputs_and_outputs, processor.cache
         self._sets = getattr(self._ios, "io_pairs", None)  # of inputs, where the engine lays out steps ahead
-        self._limit = self._runner.cb_config.max_requests_per_batch
+        self._sizes = Sizes(self._runner.cb_config.max_requests_per_batch, exact)
+        self._seen: Counter = Counter()  # steps by size; one that comes once is not captured
         self._pool, self._page = pool, page
         self._graphs: dict[tuple[int, int, int], tuple[torch.cuda.CUDAGraph, Counter]] = {}
         self.captures = graphs and self._ios.compute_stream is not None
@@ -85,7 +112,12 @@ class DecodeSteps:
             return rows, keys
         self._rows[self._filled :] = [None] * (len(self._rows) - self._filled)
         self._filled = 0
-        return round_up(rows, self._limit), 0
+        return self._sizes.choose(rows, {size for place, size, _ in self._graphs if place == self._place}), 0
+
+    @property
+    def _place(self) -> int:
+        """Which set of inputs is being laid out, or is the step's that is about to run."""
+        return 0 if self._sets is None else self._ios.current_pair
 
     def _fill(self, request: str, past: int, new: int, _row: torch.Tensor) -> None:
         """A request's pages, into a table on the host: one copy for all of them, and none for those that stay as they are.
@@ -100,8 +132,7 @@ class DecodeSteps:
             self._fill_other(request, past, new, self._table[:, row])
 
     def _compute(self, model: Any, batch_data: dict[str, Any]) -> None:
-        place = 0 if self._sets is None else self._ios.current_pair
-        laid_out = self._ios if self._sets is None else self._sets[place].host_io
+        laid_out = self._ios if self._sets is None else self._sets[self._place].host_io
         stream, rows = self._ios.compute_stream, laid_out.num_q_tokens
         if self._sets is None and laid_out.use_block_table:
             self._ios.block_table[:, :rows].copy_(self._table[:, :rows], non_blocking=True)
@@ -113,8 +144,8 @@ class DecodeSteps:
         if self._runner.supports_logits_to_keep(model):
             batch_data["logits_to_keep"] = batch_data["logits_indices"]
         longest = max(future.state.position_offset for future in laid_out.requests_in_batch)
-        pages = round_up(-(-longest // self._page), _LONGEST // self._page)
-        key = (place, rows, pages)
+        pages = 2 * round_up(-(-longest // self._page // 2), _LONGEST // self._page // 2)
+        key = (self._place, rows, pages)
         with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
             if key in self._graphs:
                 graph, calls = self._graphs[key]
@@ -124,7 +155,8 @@ class DecodeSteps:
             attention.step.pages = pages
             args = (model, batch_data, *self._ios.get_cb_kwargs())
             self._runner._forward_process_and_sample(*args)
-            if self.captures:
+            self._seen[key] += 1
+            if self.captures and self._seen[key] > 1:
                 self._capture(key, args, stream)
 
     def _capture(self, key: tuple[int, int, int], args: tuple, stream: torch.cuda.Stream) -> None:

@@ -107,7 +107,9 @@ class PagedEngine:
             if in_place:
                 decode.prepare(self._manager, self._page)
             self._manager.warmup()  # allocates the cache
-            self._steps = decode.DecodeSteps(self._manager, pool, self._page, options.graphs) if in_place else None
+            self._steps = None
+            if in_place:
+                self._steps = decode.DecodeSteps(self._manager, pool, self._page, options.graphs, options.grouped)
         except (ImportError, AttributeError, TypeError, ValueError, KeyError, MemoryError) as error:
             raise ConfigError(
                 f"transformers' continuous batching cannot run this model here ({type(error).__name__}: {error}); try "
