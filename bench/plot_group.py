@@ -33,24 +33,27 @@ def draw(report: dict, target: str) -> None:
 
 
 def _crowds(panel, rows: list[dict]) -> None:
-    rows = [row for row in rows if row["part"] == "incast" and "step" in row]
-    at, ticks = 0.0, []
+    cases: dict[tuple, dict[tuple[str, int], float]] = {}
     for row in rows:
-        bars = (
-            [("shifted", _BLUE), ("plain", _GREY)]
-            if row["placement"] == "layer"
-            else [("took", _GREEN), ("shifted", _GREEN)]
-        )
-        bars = [(row[key], colour) for key, colour in bars if row.get(key)]
-        for n, (took, colour) in enumerate(bars):
-            panel.bar(at + n, took, color=colour, width=0.9)
-        lanes = f"\n{row['lanes']} lanes" if row.get("lanes") else ""
-        ticks.append((at + (len(bars) - 1) / 2, f"{row['placement']}, {row['slots']}\n{row['step']}{lanes}"))
+        if row["part"] == "incast" and "step" in row:
+            bars = cases.setdefault((row["placement"], row["slots"], row["step"]), {})
+            bars |= {(order, row["turns"]): row[order] for order in ("shifted", "plain", "took") if order in row}
+    at, ticks = 0.0, []
+    for (placement, slots, step), bars in cases.items():
+        for n, ((order, turns), took) in enumerate(bars.items()):
+            hatch = "//" if order == "plain" else None
+            panel.bar(at + n, took, color=_GREEN if turns else _GREY, width=0.9, hatch=hatch, edgecolor="white")
+        ticks.append((at + (len(bars) - 1) / 2, f"{placement}, {slots}\n{step}"))
         at += len(bars) + 0.6
     panel.set_xticks([x for x, _ in ticks], [text for _, text in ticks], fontsize=6.5, rotation=60)
     panel.set_title("WaS bound by the link, ms (placement, slots, in step at)", loc="left", fontsize=9)
-    for name, colour in (("layer, shifted", _BLUE), ("layer, plain", _GREY), ("striped", _GREEN)):
-        panel.bar(0, 0, color=colour, label=name)
+    for name, style in (
+        ("owners as they are asked", {"color": _GREY}),
+        ("owners in turns", {"color": _GREEN}),
+        ("plain order", {"color": "white", "hatch": "//", "edgecolor": _GREY}),
+    ):
+        panel.bar(0, 0, label=name, **style)
+    panel.set_ylim(top=1.3 * panel.get_ylim()[1])  # room for the legend
     panel.legend(frameon=False, fontsize=8)
 
 

@@ -193,6 +193,11 @@ def _figures(summary: dict) -> dict:
         "freed_bytes": sum(rank["freed_bytes"] for rank in ranks),
         "fetched_bytes": sum(rank["fetched_bytes"] for rank in ranks),
         "ring_bytes": sum(rank["ring_bytes"] for rank in ranks),
+        "steps": {
+            name: round(sum(rank[name] for rank in ranks), 3)
+            for name in ranks[0]
+            if "step" in name or "capture" in name
+        },
         "load_s": round(max(rank["load_seconds"] for rank in ranks), 1),
     }
 

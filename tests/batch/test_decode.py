@@ -2,6 +2,7 @@
 are tests/gpu/test_run_batch_cuda.py's."""
 
 import random
+import time
 
 import pytest
 
@@ -100,7 +101,7 @@ class FakeEngine:
 
     def __init__(self, limit: int, width: int):
         self.filled: list[str] = []
-        self.compute_batch = self.prepare_batch_update = self.maybe_pad_inputs = None
+        self.maybe_pad_inputs = None
         self.pad_inputs, self.compute_stream, self.use_block_table = False, None, True
         self.block_table = torch.full((1, limit, width), -1, dtype=torch.int32)
         self.cb_config = type("Config", (), {"max_requests_per_batch": limit})
@@ -111,6 +112,12 @@ class FakeEngine:
         self.filled.append(request)
         held = self.pages[request][: -(-(past + new) // PAGE)]
         row[0, : len(held)] = torch.tensor(held, dtype=torch.int32)
+
+    def compute_batch(self, model, batch_data):
+        pass
+
+    def prepare_batch_update(self):
+        return []
 
     def supports_logits_to_keep(self, model):
         return False
@@ -164,3 +171,50 @@ def test_pages_are_looked_up_only_where_a_request_or_its_number_of_pages_is_new(
     engine.maybe_pad_inputs(100, 0, False)
     engine.pages["a"] = [8, 2]
     assert pages({"a": 21, "c": 37}) == [[8, 2], [6, 0, 9]] and looked_up == ["a", "c"]
+
+
+def test_steps_are_counted_and_timed_by_kind_from_the_end_of_the_one_before():
+    engine = FakeEngine(limit=8, width=4)
+    steps = decode.DecodeSteps(engine, None, PAGE, False, True)
+    engine.pages = {"a": [0], "b": [1]}
+    begin = time.perf_counter()
+    engine.use_block_table, engine.num_q_tokens = False, 20  # a prompt, and one laid out ahead of its end
+    engine.compute_batch(None, {})
+    engine.use_block_table = True
+    engine.step({"a": 3, "b": 4})
+    time.sleep(0.02)
+    engine.prepare_batch_update()
+    time.sleep(0.01)
+    engine.prepare_batch_update()
+    time.sleep(0.05)  # nothing runs
+    engine.step({"a": 4, "b": 5})
+    engine.prepare_batch_update()
+    told, took = steps.times, time.perf_counter() - begin
+    assert (told["prompt_steps"], told["launched_steps"], told["replayed_steps"], told["captures"]) == (1, 2, 0, 0)
+    assert told["prompt_step_seconds"] >= 0.02 and told["launched_step_seconds"] >= 0.01
+    assert told["prompt_step_seconds"] + told["launched_step_seconds"] <= took - 0.05
+
+
+def test_an_engine_with_two_sets_of_inputs_keeps_its_own_table_of_pages():
+    engine, sets = FakeEngine(limit=8, width=4), [FakeEngine(limit=8, width=4) for _ in range(2)]
+    engine.io_pairs = [type("Pair", (), {"host_io": host})() for host in sets]
+    engine.current_pair = 0
+    fill = engine.fill_block_table
+    steps = decode.DecodeSteps(engine, None, PAGE, True, False)
+    assert engine.fill_block_table == fill
+    for turn, requests in enumerate((["a"], ["a", "b", "c"])):
+        engine.current_pair = turn % 2
+        host = sets[engine.current_pair]
+        host.num_q_tokens, _ = engine.maybe_pad_inputs(len(requests), 0, True)
+        host.requests_in_batch = [
+            type("Future", (), {"state": type("State", (), {"position_offset": 40 + turn})}) for _ in requests
+        ]
+        engine.compute_batch(None, {})
+        assert list(steps._seen)[-1] == (
+            turn,
+            len(requests),
+            4,
+        )  # 40 keys: three pages of 16, rounded up to an even number
+    assert steps.times["launched_steps"] == 0  # their tokens were not asked for yet
+    engine.prepare_batch_update(), engine.prepare_batch_update()
+    assert steps.times["launched_steps"] == 2

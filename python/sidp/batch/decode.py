@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections import Counter
+import time
+from collections import Counter, deque
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from . import attention
 
 logger = logging.getLogger(__name__)
 
+_KINDS = ("prompt_step", "launched_step", "replayed_step", "capture")
 _LONGEST = 131072  # tokens of a request; longer ones decode as before
 
 
@@ -78,6 +80,8 @@ class DecodeSteps:
     Attributes:
         captures: whether steps are captured; on CUDA, until that fails.
         calls: FFN calls by mode in replayed steps, which the pool's own count does not see.
+        times: how many steps there were and what they took, in seconds, by kind: "prompt" (with prompts in them), "launched" and
+            "replayed"; and what was captured. A step lasts from the end of the one before it, or from its launch.
     """
 
     def __init__(self, manager: Any, pool: Any, page: int, graphs: bool, exact: bool) -> None:
@@ -91,6 +95,9 @@ class DecodeSteps:
         self.captures = graphs and self._ios.compute_stream is not None
         self._memory = torch.cuda.graph_pool_handle() if self.captures else None
         self.calls: Counter = Counter()
+        self.times = {f"{kind}{what}": 0.0 for kind in _KINDS for what in ("s", "_seconds")}
+        self._running: deque[tuple[str, float]] = deque()  # steps that are under way: kind, and when they were launched
+        self._ended = 0.0
         self._rows: list[tuple[str, int] | None] = []  # (request, its pages) in the table
         self._filled = 0
         if self._sets is None:  # otherwise the engine's own table is on the host already
@@ -138,7 +145,9 @@ class DecodeSteps:
             self._ios.block_table[:, :rows].copy_(self._table[:, :rows], non_blocking=True)
         if stream is not None:  # inputs were written in another stream
             stream.wait_stream(torch.cuda.current_stream())
+        launched = time.perf_counter()
         if not laid_out.use_block_table:
+            self._running.append(("prompt_step", launched))
             self._compute_other(model, batch_data)
             return
         if self._runner.supports_logits_to_keep(model):
@@ -147,6 +156,7 @@ class DecodeSteps:
         pages = 2 * round_up(-(-longest // self._page // 2), _LONGEST // self._page // 2)
         key = (self._place, rows, pages)
         with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
+            self._running.append(("replayed_step" if key in self._graphs else "launched_step", launched))
             if key in self._graphs:
                 graph, calls = self._graphs[key]
                 graph.replay()
@@ -162,7 +172,7 @@ class DecodeSteps:
     def _capture(self, key: tuple[int, int, int], args: tuple, stream: torch.cuda.Stream) -> None:
         """The step has run already; this records it for the next time."""
         stream.synchronize()
-        before = self._count()
+        before, begin = self._count(), time.perf_counter()
         graph = torch.cuda.CUDAGraph()
         try:
             graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
@@ -177,6 +187,11 @@ class DecodeSteps:
             logger.warning("sidp: decode steps run without CUDA graphs from now on: %s", error)
             return
         self._graphs[key] = graph, self._count() - before
+        self._add("capture", time.perf_counter() - begin)
+
+    def _add(self, kind: str, seconds: float) -> None:
+        self.times[f"{kind}s"] += 1
+        self.times[f"{kind}_seconds"] += seconds
 
     def _count(self) -> Counter:
         return Counter() if self._pool is None else Counter(self._pool.stats().calls)
@@ -184,6 +199,10 @@ class DecodeSteps:
     def _tokens(self):
         """A replay raises nothing: what went wrong in it is looked for before its tokens are used."""
         tokens = self._take_tokens()
+        if self._running:
+            (kind, launched), now = self._running.popleft(), time.perf_counter()
+            self._add(kind, now - max(launched, self._ended))
+            self._ended = now
         if self._pool is not None and self._pool.active:
             self._pool.check()
         return tokens

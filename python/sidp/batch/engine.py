@@ -232,6 +232,11 @@ class PagedEngine:
             self._steps.close()
 
     @property
+    def step_times(self) -> dict[str, float]:
+        """Steps and seconds by kind (decode.py), where the engine keeps decode steps apart."""
+        return {} if self._steps is None else dict(self._steps.times)
+
+    @property
     def replayed_calls(self) -> dict[str, int]:
         """FFN calls by mode that CUDA graphs made, which the pool did not see."""
         return {} if self._steps is None else dict(self._steps.calls)

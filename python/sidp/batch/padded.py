@@ -50,6 +50,10 @@ class PaddedEngine:
         self._batch = []
 
     @property
+    def step_times(self) -> dict[str, float]:
+        return {}
+
+    @property
     def replayed_calls(self) -> dict[str, int]:
         return {}
 

@@ -35,6 +35,8 @@ RANK_FIELDS = (
     "load_seconds", "busy_seconds", "calls_local", "calls_was", "calls_cas", "stalls", "stall_seconds",
     "fetched_bytes", "owned_bytes", "ring_bytes", "freed_bytes", "replicated_bytes", "pool_active",
     "finished_stop", "finished_length", "last_settled", "first_taken", "tail_began", "gpu", "loaded", "measured",
+    "prompt_steps", "prompt_step_seconds", "launched_steps", "launched_step_seconds", "replayed_steps", "replayed_step_seconds",
+    "captures", "capture_seconds",
 )  # fmt: skip
 _FIELD = {name: index for index, name in enumerate(RANK_FIELDS)}
 _HEADER = struct.Struct("<8sIIQQ")  # magic, version, ranks, items, failed rows of the input

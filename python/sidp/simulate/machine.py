@@ -66,7 +66,7 @@ class Fabric:
         ingress_gbps: what one reader takes.
         incast: with n readers at once an owner's egress keeps 1 / (1 + incast * (n - 1)) of its rate. 0 is a fair fabric that
             loses nothing; no measurement of NVLink is known to us.
-        turns: an owner feeds its readers one after another, each at the full rate, as a lock at each owner would make them; sidp has none.
+        turns: an owner feeds its readers one after another, each at the full rate, as sidp has it on GPUs from three ranks on.
         round_trip_s: of a CaS request besides bytes and computing; None takes the GPU's.
         copy_bytes: what issuing a copy costs, as bytes at the full rate: 4 MB reach 70 % of it, 16 MB 90 %.
         local_gbps: a rank's own extent into its slot (one H100).
