@@ -58,11 +58,12 @@ def draw(measured: str, rows: list[dict], target: str) -> None:
         _bars(panel, pairs, key, unit, colours)
         panel.set_title(f"{title}{f', {word}' if word else ''}", loc="left", fontsize=10)
     handles = [pyplot.Rectangle((0, 0), 1, 1, color=colour) for colour in colours.values()]
-    figure.legend(handles, colours, loc="outside lower center", ncols=len(colours), frameon=False, fontsize=9)
+    without = "; ".join(f"{row['name']}: {row['status'].split(':')[0]}" for row in rows if row["status"] != "ok")
+    figure.legend(
+        handles, colours, loc="outside lower center", ncols=len(colours), frameon=False, fontsize=9,
+        title=without or None, title_fontsize=7,
+    )  # fmt: skip
     figure.suptitle(f"sidp run-batch, {measured}", x=0.01, ha="left", fontsize=11)
-    without = [f"{row['name']}: {row['status'].split(':')[0]}" for row in rows if row["status"] != "ok"]
-    if without:
-        figure.supxlabel("; ".join(without), fontsize=7, wrap=True)
     figure.savefig(target, dpi=130)
     pyplot.close(figure)
 
