@@ -70,8 +70,8 @@ def test_tokens_are_those_of_a_plain_forward(monkeypatch, kind, fields, batch_to
     finally:
         engine.close()
     assert done == {i: greedy(model, prompt, 5 + 3 * i) for i, prompt in enumerate(PROMPTS)}
-    # Where every layer sees all keys, decode steps read the cache in place, over as many pages as the longest request has.
-    assert set(in_place) == ({1, 2, 3, 4} if kind == "Llama" else set())
+    # Where every layer sees all keys, decode steps read the cache in place, over the pages of the longest request, or one more.
+    assert set(in_place) == ({2, 4} if kind == "Llama" else set())
     assert max(calls) > 4 and max(calls) <= batch_tokens  # several sequences in one call, as many rows as are allowed
 
 
