@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "../device_words.cuh"
+
 namespace sidp {
 namespace cas {
 
@@ -16,13 +18,13 @@ using u64 = std::uint64_t;
 #define SIDP_SM90A 1
 #endif
 
-// --- words shared with a peer (system scope) or with other CTAs (gpu scope) ---
+// --- words shared with a peer (system scope) or with other CTAs (gpu scope); more of them: device_words.cuh ---
 
-__device__ inline u64 load_acquire_sys(const u64* word) {
-  u64 value;
-  asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(word) : "memory");
-  return value;
-}
+using sidp::load_acquire_gpu;
+using sidp::load_acquire_sys;
+using sidp::now_ns;
+using sidp::store_release_gpu;
+
 __device__ inline u32 load_acquire_sys(const u32* word) {
   u32 value;
   asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(word) : "memory");
@@ -36,11 +38,6 @@ __device__ inline u32 load_acquire_gpu(const u32* word) {
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(word) : "memory");
   return value;
 }
-__device__ inline u64 load_acquire_gpu(const u64* word) {
-  u64 value;
-  asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(word) : "memory");
-  return value;
-}
 // Returns what was there before.
 __device__ inline u32 compare_swap_gpu(u32* word, u32 expected, u32 desired) {
   u32 before;
@@ -52,9 +49,6 @@ __device__ inline u32 compare_swap_gpu(u32* word, u32 expected, u32 desired) {
 }
 __device__ inline void store_release_gpu(u32* word, u32 value) {
   asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(word), "r"(value) : "memory");
-}
-__device__ inline void store_release_gpu(u64* word, u64 value) {
-  asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(word), "l"(value) : "memory");
 }
 // Returns the value before the addition.
 __device__ inline u32 add_acq_rel_gpu(u32* word, u32 value) {
@@ -104,13 +98,6 @@ SIDP_PAIR_STORE(store_pair_release_sys, "release.sys")
 SIDP_PAIR_STORE(store_pair_relaxed_gpu, "relaxed.gpu")
 #undef SIDP_PAIR_LOAD
 #undef SIDP_PAIR_STORE
-
-// Nanoseconds of a clock that all kernels of the device share; ticks coarsely (up to about 1 us).
-__device__ inline u64 now_ns() {
-  u64 value;
-  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(value));
-  return value;
-}
 
 // `condition()` until true; false when `bound_ns` have passed. Reads the clock every 64 tries.
 template <typename Condition>

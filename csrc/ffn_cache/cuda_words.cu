@@ -1,6 +1,8 @@
 #include "cuda_words.hpp"
 
 #include "../cuda_check.hpp"
+#include "../device_words.cuh"
+#include "kernel_node.cuh"
 
 namespace sidp::cache {
 namespace {
@@ -8,28 +10,12 @@ namespace {
 constexpr int kEnsureBlocks = 64;
 constexpr int kEnsureThreads = 512;
 
-__device__ std::uint64_t load_acquire(const std::uint64_t* word) {
-  std::uint64_t value;
-  asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(word) : "memory");
-  return value;
-}
-
-__device__ void store_release(std::uint64_t* word, std::uint64_t value) {
-  asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(word), "l"(value) : "memory");
-}
-
-__device__ std::uint64_t now_ns() {
-  std::uint64_t ns;
-  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(ns));
-  return ns;
-}
-
 // A wait as every kernel here makes it: a deadline by the clock, an abort word, a fault where it gives up.
 __device__ void await(const std::uint64_t* word, std::uint64_t value, HostWords* host, std::uint64_t timeout_ns,
                       bool counted) {
-  if (load_acquire(word) >= value) return;
+  if (load_acquire_gpu(word) >= value) return;
   const std::uint64_t begin = now_ns();
-  for (unsigned spin = 1; load_acquire(word) < value; ++spin) {
+  for (unsigned spin = 1; load_acquire_gpu(word) < value; ++spin) {
     if (spin % 256 != 0) continue;
     // Far apart, because the abort word lies in host memory.
     const bool aborted = *reinterpret_cast<volatile std::uint32_t*>(&host->abort) != 0;
@@ -55,7 +41,7 @@ __global__ void post_kernel(PostArguments a) {
     host->graph_bytes = host->graph_bytes + a.bytes;
     if (a.activity != nullptr) *reinterpret_cast<volatile std::uint64_t*>(a.activity) = host->graph_bytes;
   }
-  if (a.word != nullptr) store_release(a.word, a.value);
+  if (a.word != nullptr) store_release_gpu(a.word, a.value);
 }
 
 template <typename Word>
@@ -82,7 +68,7 @@ __device__ bool aligned16(const DeviceCopy& copy) {
 __global__ void __launch_bounds__(kEnsureThreads) ensure_kernel(const __grid_constant__ EnsureArguments a) {
   if (a.done != nullptr) {
     if (threadIdx.x == 0) {
-      const std::uint64_t issued = load_acquire(a.issued);
+      const std::uint64_t issued = load_acquire_gpu(a.issued);
       await(a.done, issued > a.issued_before ? issued : a.issued_before, a.host, a.timeout_ns, false);
     }
     __syncthreads();
@@ -129,15 +115,7 @@ void launch_post(const PostArguments& arguments, cudaStream_t stream) {
 
 cudaGraphNode_t add_post_node(cudaGraph_t graph, const cudaGraphNode_t* after, std::size_t count,
                               PostArguments arguments) {
-  void* parameters[] = {&arguments};
-  cudaKernelNodeParams node{};
-  node.func = reinterpret_cast<void*>(&post_kernel);
-  node.gridDim = dim3(1);
-  node.blockDim = dim3(1);
-  node.kernelParams = parameters;
-  cudaGraphNode_t added = nullptr;
-  SIDP_CUDA_CHECK(cudaGraphAddKernelNode(&added, graph, after, count, &node));
-  return added;
+  return add_kernel_node(graph, after, count, post_kernel, arguments);
 }
 
 void launch_ensure(const EnsureArguments& arguments, cudaStream_t stream) {
