@@ -121,8 +121,7 @@ class CudaTransport(GpuTransport):
 
     def extents_of(self, rank: int) -> torch.Tensor:
         """That rank's extents, read in place; only for ranks on this device."""
-        own = rank == self._control.rank
-        owner = self._memory if own else self._peers[rank]
+        owner = self._device_arena(rank)
         return device_bytes(owner.extents, self._share_bytes[rank], owner, self._device)
 
     def _region_offset(self, rank: int) -> int:
@@ -153,13 +152,15 @@ class CudaTransport(GpuTransport):
     def ring_arguments(self) -> dict:
         arguments = super().ring_arguments()
         if takes_turns(self._control.world_size):
-            ranks = range(self._control.world_size)
-            own = self._control.rank
-            arguments["turns"] = [(self._memory if rank == own else self._peers[rank]).turns for rank in ranks]
+            arguments["turns"] = [self._device_arena(rank).turns for rank in range(self._control.world_size)]
         return arguments
 
     def source(self, rank: int) -> int:
-        return (self._memory if rank == self._control.rank else self._peers[rank]).extents
+        return self._device_arena(rank).extents
+
+    def _device_arena(self, rank: int):
+        """That rank's arena in device memory as this one sees it."""
+        return self._memory if rank == self._control.rank else self._peers[rank]
 
     def _keep(self) -> list:
         return [*self._owners(), self._memory, *self._peers.values()]

@@ -33,8 +33,9 @@ def capture_all(sizes, steps):
 
 
 def test_a_batch_that_empties_is_run_with_few_graphs():
-    laid_out, captured = capture_all(decode.Sizes(140, exact=False), [140] * 40 + list(range(139, 0, -2)))
-    assert all(size >= rows for size, rows in zip(laid_out, [140] * 40 + list(range(139, 0, -2)), strict=True))
+    steps = [140] * 40 + list(range(139, 0, -2))
+    laid_out, captured = capture_all(decode.Sizes(140, exact=False), steps)
+    assert all(size >= rows for size, rows in zip(laid_out, steps, strict=True))
     assert 140 in captured and len(captured) <= 3
 
 
@@ -210,11 +211,8 @@ def test_an_engine_with_two_sets_of_inputs_keeps_its_own_table_of_pages():
             type("Future", (), {"state": type("State", (), {"position_offset": 40 + turn})}) for _ in requests
         ]
         engine.compute_batch(None, {})
-        assert list(steps._seen)[-1] == (
-            turn,
-            len(requests),
-            4,
-        )  # 40 keys: three pages of 16, rounded up to an even number
+        # 40 keys: three pages of 16, rounded up to an even number.
+        assert list(steps._seen)[-1] == (turn, len(requests), 4)
     assert steps.times["launched_steps"] == 0  # their tokens were not asked for yet
     engine.prepare_batch_update(), engine.prepare_batch_update()
     assert steps.times["launched_steps"] == 2
