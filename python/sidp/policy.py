@@ -160,7 +160,13 @@ def start(plan, ring, client, blas) -> AutoPolicy:
 
 
 class Chooser:
-    """One rank's choice over a native ModePolicy, and why; what both backends share."""
+    """One rank's choice over a native ModePolicy, and why; what both backends share.
+
+    Attributes:
+        captures_cas: whether a CUDA graph may take CaS.
+    """
+
+    captures_cas = False
 
     def __init__(self, policy):
         self._policy = policy
@@ -173,6 +179,15 @@ class Chooser:
     def pin(self, mode: str | None) -> None:
         """Holds the mode, "was" or "cas", from the next iteration on; None lets the policy choose again."""
         self._policy.pin(mode or "")
+
+    def best(self, rows: int) -> str:
+        """The mode that is expected to be faster, without hysteresis: "was" or "cas"."""
+        return "cas" if self._policy.best_is_cas(float(rows)) else "was"
+
+    def expected(self, rows: int) -> tuple[float, float]:
+        """Seconds of an iteration's FFNs by WaS and by CaS, as the model has them."""
+        _, was_s, cas_s = C.predict(self.model, float(rows))
+        return was_s, cas_s
 
     @property
     def reason(self) -> str:

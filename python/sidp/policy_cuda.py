@@ -130,6 +130,7 @@ class CudaPolicy(Chooser):
         self._rows = self._fused = 0
         self._last_layer, self._iterations, self._since_switch = -1, 0, 0
         self._cas = False
+        self.captures_cas = not loads_lazily()
         self._captured: bool | None = None  # the choice of the graph that is being captured
         self._running: _Sample | None = None
         self._waiting: _Sample | None = None
@@ -139,7 +140,7 @@ class CudaPolicy(Chooser):
         begins, self._last_layer = layer <= self._last_layer or self._last_layer < 0, layer
         if torch.cuda.is_current_stream_capturing():
             if begins or self._captured is None:
-                self._captured = not loads_lazily() and self._policy.best_is_cas(float(rows))
+                self._captured = self.captures_cas and self._policy.best_is_cas(float(rows))
             return self._captured
         begins, self._captured = begins or self._captured is not None, None
         cas = self._policy.enter(layer, float(rows), 0.0)

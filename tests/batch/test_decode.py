@@ -216,3 +216,68 @@ def test_an_engine_with_two_sets_of_inputs_keeps_its_own_table_of_pages():
     assert steps.times["launched_steps"] == 0  # their tokens were not asked for yet
     engine.prepare_batch_update(), engine.prepare_batch_update()
     assert steps.times["launched_steps"] == 2
+
+
+class FakePool:
+    """An active pool in mode "auto" that takes WaS, unless told."""
+
+    active, captures_cas = True, True
+
+    def __init__(self):
+        self.chooser, self.pinned = self, None
+
+    def best(self, rows):
+        return "was"
+
+    def expected(self, rows):
+        return 1.0, 1.0
+
+    def pin(self, mode):
+        self.pinned = mode
+
+    def check(self):
+        pass
+
+
+def pooled_steps(pool, exact):
+    """Steps that are captured, by a graph that takes as long as its mode says: the engine, DecodeSteps, modes in order."""
+    engine, order = FakeEngine(limit=8, width=4), []
+    engine.pages = {"a": [0]}
+    steps = decode.DecodeSteps(engine, pool, PAGE, True, exact)
+    steps.captures = True
+
+    class Graph:
+        def __init__(self, mode):
+            self.mode = mode
+
+        def replay(self):
+            order.append(self.mode)
+            time.sleep({"was": 4e-3, "cas": 1e-3}.get(self.mode, 0))
+
+    def capture(key, args, stream):
+        assert (pool.pinned or "") == key[-1]
+        steps._graphs[key] = Graph(pool.pinned), {}
+
+    steps._capture = capture
+    return engine, steps, order
+
+
+def test_where_the_pool_may_take_either_mode_both_are_captured_and_the_faster_is_replayed():
+    pool = FakePool()
+    engine, steps, order = pooled_steps(pool, exact=False)
+    for _ in range(45):
+        engine.step({"a": 3})
+        engine.prepare_batch_update()
+    assert order[0] == "was" and order.count("was") == 12 and set(order[-15:]) == {"cas"}
+    assert {key[-1] for key in steps._graphs} == {"was", "cas"} and pool.pinned is None
+    figures = steps.figures()
+    assert (figures["cas_up_to_rows"], figures["was_from_rows"]) == (1, 0) and figures["launched_steps"] == 3
+
+
+def test_in_fixed_groups_no_mode_depends_on_timing():
+    pool = FakePool()
+    engine, steps, order = pooled_steps(pool, exact=True)
+    for _ in range(10):
+        engine.step({"a": 3})
+        engine.prepare_batch_update()
+    assert order == [None] * 8 and len(steps._graphs) == 1

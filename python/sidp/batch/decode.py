@@ -8,7 +8,7 @@ To capture a size costs as much as a few steps that are launched, so few sizes a
 Where steps are captured, the engine lays out a step while the one before it runs (its asynchronous batching): it has two sets of
 inputs then, which take turns, and each has graphs of its own.
 
-A captured step keeps the mode (WaS or CaS) that the pool took for its rows while it was captured.
+A captured step keeps the mode (WaS or CaS) that it was captured with; where the pool may take either, trials.py finds which.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ import contextlib
 import logging
 import time
 from collections import Counter, deque
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from ..errors import SidpError
 from . import attention
+from .trials import ModeTrials
 
 logger = logging.getLogger(__name__)
 
@@ -91,12 +93,15 @@ class DecodeSteps:
         self._sizes = Sizes(self._runner.cb_config.max_requests_per_batch, exact)
         self._seen: Counter = Counter()  # steps by size; one that comes once is not captured
         self._pool, self._page = pool, page
-        self._graphs: dict[tuple[int, int, int], tuple[torch.cuda.CUDAGraph, Counter]] = {}
+        self._chooser = pool.chooser if pool is not None and pool.active else None
+        self._trials = self._make_trials(exact)
+        self._graphs: dict[tuple[int, int, int, str], tuple[torch.cuda.CUDAGraph, Counter]] = {}
         self.captures = graphs and self._ios.compute_stream is not None
         self._memory = torch.cuda.graph_pool_handle() if self.captures else None
         self.calls: Counter = Counter()
         self.times = {f"{kind}{what}": 0.0 for kind in _KINDS for what in ("s", "_seconds")}
-        self._running: deque[tuple[str, float]] = deque()  # steps that are under way: kind, and when they were launched
+        # Steps that are under way: kind, when they were launched, rows, mode of their graph.
+        self._running: deque[tuple[str, float, int, str]] = deque()
         self._ended = 0.0
         self._rows: list[tuple[str, int] | None] = []  # (request, its pages) in the table
         self._filled = 0
@@ -119,7 +124,7 @@ class DecodeSteps:
             return rows, keys
         self._rows[self._filled :] = [None] * (len(self._rows) - self._filled)
         self._filled = 0
-        return self._sizes.choose(rows, {size for place, size, _ in self._graphs if place == self._place}), 0
+        return self._sizes.choose(rows, {size for place, size, *_ in self._graphs if place == self._place}), 0
 
     @property
     def _place(self) -> int:
@@ -147,16 +152,17 @@ class DecodeSteps:
             stream.wait_stream(torch.cuda.current_stream())
         launched = time.perf_counter()
         if not laid_out.use_block_table:
-            self._running.append(("prompt_step", launched))
+            self._running.append(("prompt_step", launched, rows, ""))
             self._compute_other(model, batch_data)
             return
         if self._runner.supports_logits_to_keep(model):
             batch_data["logits_to_keep"] = batch_data["logits_indices"]
         longest = max(future.state.position_offset for future in laid_out.requests_in_batch)
         pages = 2 * round_up(-(-longest // self._page // 2), _LONGEST // self._page // 2)
-        key = (self._place, rows, pages)
+        mode = "" if self._trials is None else self._trials.mode(rows)
+        key = (self._place, rows, pages, mode)
         with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
-            self._running.append(("replayed_step" if key in self._graphs else "launched_step", launched))
+            self._running.append(("replayed_step" if key in self._graphs else "launched_step", launched, rows, mode))
             if key in self._graphs:
                 graph, calls = self._graphs[key]
                 graph.replay()
@@ -165,11 +171,31 @@ class DecodeSteps:
             attention.step.pages = pages
             args = (model, batch_data, *self._ios.get_cb_kwargs())
             self._runner._forward_process_and_sample(*args)
-            self._seen[key] += 1
-            if self.captures and self._seen[key] > 1:
-                self._capture(key, args, stream)
+            self._seen[key[:3]] += 1
+            if self.captures and self._seen[key[:3]] > 1:
+                with self._pinned(mode):
+                    self._capture(key, args, stream)
 
-    def _capture(self, key: tuple[int, int, int], args: tuple, stream: torch.cuda.Stream) -> None:
+    def _make_trials(self, exact: bool) -> ModeTrials | None:
+        """None where the mode is settled, and where no token may depend on timing."""
+        chooser = self._chooser
+        if chooser is None or exact or not chooser.captures_cas:
+            return None
+        return ModeTrials(chooser.best, chooser.expected)
+
+    @contextlib.contextmanager
+    def _pinned(self, mode: str) -> Iterator[None]:
+        """What is captured in here takes this mode; "" leaves it to the policy."""
+        if not mode:
+            yield
+            return
+        self._chooser.pin(mode)
+        try:
+            yield
+        finally:
+            self._chooser.pin(None)
+
+    def _capture(self, key: tuple[int, int, int, str], args: tuple, stream: torch.cuda.Stream) -> None:
         """The step has run already; this records it for the next time."""
         stream.synchronize()
         before, begin = self._count(), time.perf_counter()
@@ -189,6 +215,12 @@ class DecodeSteps:
         self._graphs[key] = graph, self._count() - before
         self._add("capture", time.perf_counter() - begin)
 
+    def figures(self) -> dict[str, float]:
+        """`times`, and where the modes were both run: CaS was faster up to so many rows, WaS from so many on (0: not found)."""
+        if self._trials is None:
+            return dict(self.times)
+        return {**self.times, "cas_up_to_rows": self._trials.cas_up_to, "was_from_rows": self._trials.was_from or 0}
+
     def _add(self, kind: str, seconds: float) -> None:
         self.times[f"{kind}s"] += 1
         self.times[f"{kind}_seconds"] += seconds
@@ -200,9 +232,11 @@ class DecodeSteps:
         """A replay raises nothing: what went wrong in it is looked for before its tokens are used."""
         tokens = self._take_tokens()
         if self._running:
-            (kind, launched), now = self._running.popleft(), time.perf_counter()
-            self._add(kind, now - max(launched, self._ended))
-            self._ended = now
+            (kind, launched, rows, mode), now = self._running.popleft(), time.perf_counter()
+            took, self._ended = now - max(launched, self._ended), now
+            self._add(kind, took)
+            if mode and kind == "replayed_step":
+                self._trials.add(rows, mode, took)
         if self._pool is not None and self._pool.active:
             self._pool.check()
         return tokens

@@ -232,9 +232,9 @@ class PagedEngine:
             self._steps.close()
 
     @property
-    def step_times(self) -> dict[str, float]:
-        """Steps and seconds by kind (decode.py), where the engine keeps decode steps apart."""
-        return {} if self._steps is None else dict(self._steps.times)
+    def step_figures(self) -> dict[str, float]:
+        """Steps and seconds by kind, and modes that were compared (decode.py), where the engine keeps decode steps apart."""
+        return {} if self._steps is None else self._steps.figures()
 
     @property
     def replayed_calls(self) -> dict[str, int]:

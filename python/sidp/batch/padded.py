@@ -50,7 +50,7 @@ class PaddedEngine:
         self._batch = []
 
     @property
-    def step_times(self) -> dict[str, float]:
+    def step_figures(self) -> dict[str, float]:
         return {}
 
     @property

@@ -36,7 +36,7 @@ RANK_FIELDS = (
     "fetched_bytes", "owned_bytes", "ring_bytes", "freed_bytes", "replicated_bytes", "pool_active",
     "finished_stop", "finished_length", "last_settled", "first_taken", "tail_began", "gpu", "loaded", "measured",
     "prompt_steps", "prompt_step_seconds", "launched_steps", "launched_step_seconds", "replayed_steps", "replayed_step_seconds",
-    "captures", "capture_seconds",
+    "captures", "capture_seconds", "cas_up_to_rows", "was_from_rows",
 )  # fmt: skip
 _FIELD = {name: index for index, name in enumerate(RANK_FIELDS)}
 _HEADER = struct.Struct("<8sIIQQ")  # magic, version, ranks, items, failed rows of the input

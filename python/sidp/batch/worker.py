@@ -217,7 +217,7 @@ class _Loop:
             prompt_tokens=self._prompt_tokens,
             peak_running=max(row["peak_running"], figures["running"]),
             kv_peak=max(row["kv_peak"], figures["kv_tokens"]),
-            **self.engine.step_times,
+            **self.engine.step_figures,
         )
         if busy:
             self.board.report(busy_seconds=time.monotonic() - self._begin)
