@@ -129,6 +129,8 @@ def body(ctx, seed: int, device: str, end: float) -> dict:
         mode = own.choice(_MODES) if shared.random() < 0.7 else "was"
         if rounds < len(_MODES):  # each once before what is in use is first looked at
             mode = _MODES[(rounds + ctx.rank) % len(_MODES)]
+            if device == "cuda":  # with backups there is no CaS on GPUs, whose kernels would then be loaded later
+                settings["redundancy"] = 0
         if device == "cuda" and settings["redundancy"] and mode == "cas":
             mode = "was"  # survival on GPUs is offered in WaS
         generator = torch.Generator().manual_seed(own.randrange(1 << 30))

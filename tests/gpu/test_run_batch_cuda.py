@@ -103,7 +103,7 @@ def run(work, *words):
 
 
 @pytest.mark.parametrize(
-    "words", [[], ["--placement", "striped"], ["--host-tier"]], ids=["in place", "striped", "host"]
+    "words", [[], ["--placement", "striped", "--slots", "2"], ["--host-tier"]], ids=["in place", "striped", "host"]
 )
 def test_pooled_gives_the_tokens_of_replicated(work, words):
     fixed = ["--dp", "2", "--batching", "grouped", "--group-size", "6", "--gpu-memory-utilization", "0.3"]
