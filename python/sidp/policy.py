@@ -184,10 +184,9 @@ class Chooser:
         """The mode that is expected to be faster, without hysteresis: "was" or "cas"."""
         return "cas" if self._policy.best_is_cas(float(rows)) else "was"
 
-    def expected(self, rows: int) -> tuple[float, float]:
-        """Seconds of an iteration's FFNs by WaS and by CaS, as the model has them."""
-        _, was_s, cas_s = C.predict(self.model, float(rows))
-        return was_s, cas_s
+    def expected(self, rows: int) -> tuple[float, float, float]:
+        """What the model says of an iteration, in seconds: its fetches in WaS, its FFNs in WaS, in CaS."""
+        return C.predict(self.model, float(rows))
 
     @property
     def reason(self) -> str:

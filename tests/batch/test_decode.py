@@ -230,7 +230,7 @@ class FakePool:
         return "was"
 
     def expected(self, rows):
-        return 1.0, 1.0
+        return 0.0, 1.0, 1.0
 
     def pin(self, mode):
         self.pinned = mode

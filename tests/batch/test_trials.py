@@ -14,8 +14,8 @@ def run(trials, rows, seconds, steps=200):
     return modes
 
 
-def trials(best="was", was_s=1.0, cas_s=1.5):
-    return ModeTrials(lambda rows: best, lambda rows: (was_s, cas_s))
+def trials(best="was", fetch_s=0.1, was_s=1.0, cas_s=1.5):
+    return ModeTrials(lambda rows: best, lambda rows: (fetch_s, was_s, cas_s))
 
 
 @pytest.mark.parametrize("best", ["was", "cas"])
@@ -41,9 +41,16 @@ def test_a_draw_goes_to_the_mode_whose_results_are_bit_identical():
     assert run(trials("cas"), 64, {"was": 1.0, "cas": 0.99})[-1] == "was"
 
 
-def test_a_mode_that_is_expected_to_be_far_slower_is_not_run():
-    compared = trials("cas", was_s=4.0, cas_s=1.0)
-    assert set(run(compared, 8, {"was": 0.1, "cas": 1.0})) == {"cas"} and compared.cas_up_to == 0
+def test_cas_that_is_expected_to_be_far_slower_is_not_run():
+    compared = trials("was", was_s=1.0, cas_s=4.0)
+    assert set(run(compared, 8, {"was": 1.0, "cas": 0.1})) == {"was"} and compared.was_from is None
+
+
+def test_was_is_not_run_where_its_fetches_alone_take_longer_than_steps_by_cas():
+    compared = trials("cas", fetch_s=1.0, was_s=1.0, cas_s=0.2)
+    assert set(run(compared, 8, {"was": 0.1, "cas": 1.0})) == {"cas"} and compared.cas_up_to == 8
+    compared = trials("cas", fetch_s=0.9, was_s=9.0, cas_s=0.1)  # however little is expected of it
+    assert run(compared, 8, {"was": 0.95, "cas": 1.0})[-1] == "was"
 
 
 def test_a_slow_step_after_a_switch_and_one_that_was_disturbed_do_not_decide():

@@ -90,9 +90,9 @@ def work(tmp_path_factory):
     return folder
 
 
-def run(work, *words):
+def run(work, *words, source="in.jsonl"):
     output, summary = work / "out.jsonl", work / "summary.json"
-    command = [sys.executable, "-m", "sidp.cli", "run-batch", "-i", work / "in.jsonl", "-o", output, "--overwrite"]
+    command = [sys.executable, "-m", "sidp.cli", "run-batch", "-i", work / source, "-o", output, "--overwrite"]
     command += ["--model", work, "--load-format", "dummy", "--summary", summary, "--quiet", *words]
     ran = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=DEADLINE_S)
     assert ran.returncode == 0, ran.stderr[-4000:]
@@ -126,6 +126,19 @@ def test_continuous_batching_answers_all(work, mode):
     )
     assert all(len(text.split()) == 8 + int(name[1:]) % 5 for name, text in texts.items())
     assert summary["output_tokens"] == sum(8 + n % 5 for n in range(24)) and summary["preemptions"] == 0
+
+
+def test_auto_runs_both_modes_in_captured_steps_and_keeps_one(work, monkeypatch):
+    """What is fetched within one GPU arrives sooner than a step ends, so that neither mode can be ruled out."""
+    monkeypatch.setenv("CUDA_MODULE_LOADING", "EAGER")
+    rows = [{"id": f"t{n}", "prompt": [n + 1] * 9, "max_tokens": 120, "ignore_eos": True} for n in range(24)]
+    (work / "trials.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--dp", "2", "--mode", "auto", "--placement", "striped", "--slots", "2", "--gpu-memory-utilization", "0.3"]
+    texts, summary = run(work, *words, source="trials.jsonl")
+    assert all(len(text.split()) == 120 for text in texts.values())
+    ranks = [rank for rank in summary["per_rank"] if rank["replayed_steps"] > 60]
+    assert ranks and all(rank["cas_up_to_rows"] or rank["was_from_rows"] for rank in ranks), summary["per_rank"]
+    assert all(rank["calls_was"] and rank["calls_cas"] for rank in ranks)
 
 
 @pytest.mark.parametrize("backup", ["peer", "host"])

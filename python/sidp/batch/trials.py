@@ -1,7 +1,7 @@
 """Which mode captured decode steps take with mode="auto": both are captured and run, and the faster one stays.
 
 A graph keeps its mode, and while one is captured the policy knows nothing of a step's time outside of the FFNs, nor how far the
-engine's own kernels hide a fetch. Where it expects the modes to be close, the steps themselves are asked.
+engine's own kernels hide a fetch. So the steps themselves are asked, but where the other mode cannot be faster.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 _RUN = 6  # replays in one mode before the other's turn
 _UNSETTLED = 2  # of them, that are not counted: the ring is cold, the servers asleep
 _RUNS = 4  # WaS, CaS, WaS, CaS, or the other way round
-_CLOSE = 3.0  # the modes are run where one is expected to take at most so many times the other's time
+_FAR = 3.0  # CaS that is expected to take so many times WaS's time is not run
 _GAIN = 0.02  # CaS must take this much less than WaS, which is bit-identical
 
 
@@ -35,14 +35,15 @@ class ModeTrials:
     ones if it is WaS, and for the smaller ones if it is CaS.
 
     Args:
-        best: rows -> the mode that the policy expects to be faster. expected: rows -> its seconds by (WaS, CaS).
+        best: rows -> the mode that the policy expects to be faster.
+        expected: rows -> what it expects, in seconds: (the fetches of a step in WaS, a step's FFNs in WaS, in CaS).
 
     Attributes:
         cas_up_to: rows up to which CaS was found to be faster; 0 where that was not found.
         was_from: rows from which WaS was; None where that was not found.
     """
 
-    def __init__(self, best: Callable[[int], str], expected: Callable[[int], tuple[float, float]]) -> None:
+    def __init__(self, best: Callable[[int], str], expected: Callable[[int], tuple[float, float, float]]) -> None:
         self._best, self._expected = best, expected
         self.cas_up_to, self.was_from = 0, None
         self._trials: dict[int, _Trial] = {}
@@ -54,8 +55,8 @@ class ModeTrials:
         if self.was_from is not None and rows >= self.was_from:
             return "was"
         if rows not in self._trials:
-            best, (was_s, cas_s) = self._best(rows), self._expected(rows)
-            if max(was_s, cas_s) > _CLOSE * min(was_s, cas_s):
+            best, (_, was_s, cas_s) = self._best(rows), self._expected(rows)
+            if best == "was" and cas_s > _FAR * was_s:
                 return best
             self._trials[rows] = _Trial(best)
         return self._trials[rows].mode
@@ -72,15 +73,20 @@ class ModeTrials:
             return
         trial.replays, trial.runs = 0, trial.runs + 1
         trial.mode = "was" if mode == "cas" else "cas"
-        if trial.runs == _RUNS:
-            self._decide(rows, self._trials.pop(rows))
+        if trial.runs == 1 and mode == "cas" and self._expected(rows)[0] >= statistics.median(trial.seconds["cas"]):
+            self._keep_cas(rows)  # no step in WaS ends before its fetches
+        elif trial.runs == _RUNS:
+            self._decide(rows, trial)
 
     def _decide(self, rows: int, trial: _Trial) -> None:
         was_s, cas_s = (statistics.median(trial.seconds[mode]) for mode in ("was", "cas"))
+        logger.info("sidp: decode steps of %d rows: %.1f ms by WaS, %.1f ms by CaS", rows, 1e3 * was_s, 1e3 * cas_s)
         if cas_s < (1 - _GAIN) * was_s:
-            mode, self.cas_up_to = "cas", max(rows, self.cas_up_to)
-        else:
-            mode, self.was_from = "was", min(rows, self.was_from or rows)
-        logger.info(
-            "sidp: decode steps of %d rows: %.1f ms by WaS, %.1f ms by CaS: %s", rows, 1e3 * was_s, 1e3 * cas_s, mode
-        )
+            self._keep_cas(rows)
+            return
+        del self._trials[rows]
+        self.was_from = min(rows, self.was_from or rows)
+
+    def _keep_cas(self, rows: int) -> None:
+        del self._trials[rows]
+        self.cas_up_to = max(rows, self.cas_up_to)
