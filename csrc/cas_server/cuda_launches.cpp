@@ -92,6 +92,8 @@ void CudaServer::launch() {
   stream.launch = arguments.launch = ++launches_;
   arguments.stream = static_cast<std::uint32_t>(stream_);
   launched_ = Clock::now();
+  const std::chrono::nanoseconds pause = launched_ - std::min(ran_.load(), launched_);
+  arguments.idle_ns = stay_ns(static_cast<std::uint64_t>(pause.count()), arguments.idle_ns);
   SIDP_CUDA_CHECK(launch_serve(ServeLaunch{path_, config_.dtype, config_.sms, stream.stream}, arguments));
 }
 
@@ -163,7 +165,9 @@ void CudaServer::serve_until_stopped() {
       relieve();
       const bool serves = running(), wants = !serves && wanted();
       if (serves || wants) wanted_at = now;
-      if (!serves) {
+      if (serves) {
+        ran_ = now;
+      } else {
         const std::lock_guard<std::mutex> lock(launching_);
         if (!pending()) {
           late = 1;

@@ -29,7 +29,7 @@ struct CudaServerConfig {
   bool reply_float32 = false;  // `striped`: answer with partial sums
   std::uint64_t pool_id = 0;
   std::uint32_t rank = 0;
-  double idle_ms = 1.0;  // a launch ends when nothing came for so long and this rank waits for nobody
+  double idle_ms = 1.0;  // a launch ends when nothing came for so long (or stay_ns) and this rank waits for nobody
   double run_ms = 20.0;  // ... and after so long even when there is work, unless this rank waits for others
   double late_ms = 5.0;  // a launch that has not begun after so long is repeated on another stream
   double stall_s = 20.0;   // a wait inside the kernel that takes longer is a fault
@@ -111,6 +111,7 @@ class CudaServer {
   std::chrono::steady_clock::time_point launched_;  // when that was
   std::uint64_t launches_ = 0;
   std::mutex launching_;  // guards the four
+  std::atomic<std::chrono::steady_clock::time_point> ran_{};  // when the launching thread last saw a server run
   std::thread thread_;
   std::atomic<bool> stopping_{true};
   std::atomic<bool> failed_{false};

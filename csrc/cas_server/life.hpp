@@ -18,6 +18,10 @@
 // So a rank that waits for others has a server of its own all that time, without the launching thread, which may be kept from
 // launching by whoever holds the driver's locks meanwhile.
 //
+// A model's layers ask an owner about every millisecond. A server that ended between two of them would have to be launched for each, and
+// could not be while its rank launches a graph: with thousands of nodes that takes 5 ms and more, in which the driver lets nobody
+// else launch. So a launch that comes soon after the server before it ended stays longer without work (stay_ns).
+//
 // A request that is announced may never be pushed while the server runs: CUDA, when it loads a kernel, can have all that is
 // enqueued later wait for all that runs. Therefore:
 //   G1 a server that waits for announced requests alone, and sees none arrive for the bound of a launch, asks for relief
@@ -59,6 +63,13 @@ SIDP_HOST_DEVICE bool leaves(Access& access, Needed needed) {
   access.set_life(Life::kServing);
   access.running(true);
   return false;
+}
+
+constexpr std::uint64_t kLongestStay = 5;  // times idle_ns
+
+// How long a launch serves without work, where the server before it ended `pause_ns` ago.
+constexpr std::uint64_t stay_ns(std::uint64_t pause_ns, std::uint64_t idle_ns) {
+  return pause_ns < kLongestStay * idle_ns ? kLongestStay * idle_ns : idle_ns;
 }
 
 }  // namespace cas

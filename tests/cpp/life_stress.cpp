@@ -245,10 +245,17 @@ void engine_thread(int own, std::uint64_t requests) {
   }
 }
 
+void check_stay() {
+  const std::uint64_t idle = 1'000'000;
+  if (stay_ns(450'000, idle) != kLongestStay * idle) fail("a server ends between the requests of a step", -1);
+  if (stay_ns(kLongestStay * idle, idle) != idle || stay_ns(~std::uint64_t(0), idle) != idle) fail("a server stays for a rare request", -1);
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
   const std::uint64_t requests = count > 1 ? std::strtoull(arguments[1], nullptr, 10) : 5000;
+  check_stay();
   std::vector<std::thread> threads, asking;
   for (int rank = 0; rank < kRanks; ++rank) {
     for (int stream = 0; stream < kStreams; ++stream) threads.emplace_back(stream_thread, rank, stream);
