@@ -31,9 +31,9 @@ class Row:
 
 def one_gpu() -> list[Row]:
     """Several ranks on one GPU. Pooled ones read the others' layers in place: no ring, no link."""
-    fourteen = Row("14B x2 1K replicated", "14B x2 1K", "Qwen3-14B", 2, False, 128, 768, 256, 45, ranks_per_gpu=2)
+    fourteen = Row("14B x2 1K replicated", "14B x2 1K", "Qwen3-14B", 2, False, 256, 768, 256, 85, ranks_per_gpu=2)
     eight = Row(
-        "8B x4 1K replicated", "8B x4 1K", "Qwen3-8B", 4, False, 96, 768, 256, 55, utilization=0.97, ranks_per_gpu=4
+        "8B x4 1K replicated", "8B x4 1K", "Qwen3-8B", 4, False, 192, 768, 256, 70, utilization=0.97, ranks_per_gpu=4
     )
     same = Row(
         "14B x2 identity replicated", "14B x2 identity", "Qwen3-14B", 2, False, 32, 64, 24, 16, layers=6, ranks_per_gpu=2,
@@ -42,9 +42,9 @@ def one_gpu() -> list[Row]:
     long = replace(fourteen, requests=64)
     return [
         fourteen,
-        _pooled(fourteen, 40),
+        _pooled(fourteen, 65),
         eight,
-        _pooled(eight, 45),
+        _pooled(eight, 55),
         same,
         _pooled(same, 16),
         replace(long, name="14B x2 2K replicated", pair="14B x2 2K", prompt=1536, answer=512, estimate_s=60),
@@ -69,15 +69,15 @@ def host_tier() -> list[Row]:
 
 def two_gpus() -> list[Row]:
     """One rank on each GPU, over the link between them."""
-    large = Row("32B x2 1K replicated", "32B x2 1K", "Qwen3-32B", 2, False, 96, 768, 256, 75)
+    large = Row("32B x2 1K replicated", "32B x2 1K", "Qwen3-32B", 2, False, 224, 768, 256, 90)
     tight = _tight(2, 110)
     capped = Row("14B x2 1K at 0.6 replicated", "14B x2 1K at 0.6", "Qwen3-14B", 2, False, 256, 768, 256, 50, 0.6)
     return [
         large,
-        _pooled(large, 55, "was"),
-        _pooled(large, 55, "auto"),
+        _pooled(large, 75, "was"),
+        _pooled(large, 65, "auto"),
         replace(
-            _pooled(large, 55, "was"), name="32B x2 1K striped was", options=("--mode", "was", "--placement", "striped")
+            _pooled(large, 75, "was"), name="32B x2 1K striped was", options=("--mode", "was", "--placement", "striped")
         ),
         tight,
         _pooled(tight, 80, "was"),

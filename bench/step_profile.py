@@ -27,8 +27,7 @@ _KINDS = (  # the first whose text is in a kernel's name
 
 
 def watch_steps(folder: Path) -> None:
-    """From here on this rank's engine is profiled in its steps AFTER ... AFTER + STEPS."""
-    import torch
+    """From here on this rank's engine is profiled in its steps AFTER ... AFTER + STEPS. CUDA is not begun: run-batch has settings for it."""
     from torch.profiler import ProfilerActivity, profile
 
     from sidp.batch import decode
@@ -52,8 +51,6 @@ def watch_steps(folder: Path) -> None:
         return taken
 
     decode.DecodeSteps._tokens = tokens
-    if torch.cuda.is_available():
-        torch.cuda.init()
 
 
 def covered(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
