@@ -53,6 +53,35 @@ def stay(ctx, victim):
         time.sleep(60)
 
 
+def body_fails_after_a_death(ctx, victim):
+    with WeightPool([SPEC] * LAYERS, config=PoolConfig(timeout_s=30)) as pool:
+        load_all(pool)
+        pool.commit()
+        if ctx.rank == victim:
+            stay(ctx, victim)
+        ctx.say("here")
+        ctx.hear("go")
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+@pytest.mark.skipif(not hasattr(BaseException, "add_note"), reason="Python 3.10 has no notes on exceptions")
+@pytest.mark.parametrize("victim", [1, None])
+def test_an_error_that_is_not_ours_names_a_rank_that_has_died(victim):
+    with start(body_fails_after_a_death, 2, victim) as ranks:
+        ranks.wait_for("here")
+        if victim is not None:
+            ranks.kill(victim)
+            ranks.processes[victim].join()
+            time.sleep(0.5)  # rank 0 hears of it within milliseconds
+        ranks.tell("go", ranks=[0])
+        time.sleep(0.5)
+        ranks.tell("go", ranks=[1])
+        outcome = ranks.join()[0]
+    assert outcome.error == "RuntimeError" and ("rank 1 of this rank's group has died" in outcome.traceback) == (
+        victim == 1
+    )
+
+
 @pytest.mark.parametrize("phase", ["before load", "before commit", "after commit", "in use"])
 @pytest.mark.parametrize("victim", [0, 2])
 def test_a_killed_rank_is_named_by_all_others_in_every_phase(phase, victim):

@@ -282,6 +282,12 @@ class WeightPool:
         self._transport.close()
         self._control.close()
 
+    def _note_a_death(self, error: BaseException) -> None:
+        """On GPUs a rank that dies can show in another's CUDA context first, in an error that is not ours and does not name it."""
+        dead = self._control.watch.dead_rank()
+        if dead >= 0 and not isinstance(error, SidpError) and hasattr(error, "add_note"):  # Python 3.11
+            error.add_note(f"sidp: rank {dead} of this rank's group has died; this may be what came of it")
+
     def __enter__(self) -> WeightPool:
         return self
 
@@ -289,6 +295,7 @@ class WeightPool:
         if value is None:
             self.close()
         elif not self._closed:
+            self._note_a_death(value)
             # The others must not wait for a rank that is on its way out.
             self._control.fail(value)
             self._transport.mark_failed()

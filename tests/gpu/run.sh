@@ -5,7 +5,7 @@
 #   processes  (240 s) WaS in 2 and 4 processes, by cudaIpc and by VMM handles, families; under an MPS of its own
 #   cas        (240 s) CaS through WeightPool in several processes; under an MPS of its own
 #   survival   (240 s) groups that outlive a killed rank; no MPS
-#   batch      (300 s) sidp run-batch: attention, decode steps, pooled as replicated, a killed rank; no MPS
+#   batch      (480 s) sidp run-batch: attention, decode steps, pooled as replicated, under an MPS of its own; a killed rank, without
 #   sanitize   (240 s) memcheck, synccheck, initcheck and racecheck on a small run of the ring
 #   bench      (300 s) bench/was_gpu.py: overlap, slices, host cost
 #   offload    (240 s) bench/was_offload.py: accelerate and FSDP2 beside sidp
@@ -56,7 +56,10 @@ for part in "${parts[@]}"; do
     processes) with_mps pytest 220 -k "$several" "$test" ;;
     cas) with_mps pytest 230 "$here/test_cas_cuda.py" ;;
     survival) pytest 230 "$here/test_survival_cuda.py" ;;
-    batch) pytest 290 "$here/test_run_batch_cuda.py" ;;
+    batch)
+      with_mps pytest 290 -k "not backups" "$here/test_run_batch_cuda.py"
+      pytest 180 -k backups "$here/test_run_batch_cuda.py"
+      ;;
     sanitize) sanitize ;;
     bench) run 290 python3 "$here/../../bench/was_gpu.py" > >(tee "$logs/was_gpu.jsonl") ;;
     offload) run 230 python3 "$here/../../bench/was_offload.py" > >(tee "$logs/was_offload.jsonl") ;;

@@ -1,6 +1,7 @@
 """`sidp run-batch` on one GPU: attention by torch's kernel, several ranks with even parts, pooled as replicated.
 
-Needs a GPU and an extension built with CUDA; about a minute. Ranks share the GPU without MPS, in turns.
+Needs a GPU and an extension built with CUDA; some five minutes. Ranks share the GPU: under MPS, or in turns, which takes longer.
+A rank is killed only without MPS, which promises nothing to the others then.
 """
 
 import json
@@ -141,6 +142,9 @@ def test_auto_runs_both_modes_in_captured_steps_and_keeps_one(work, monkeypatch)
     assert all(rank["calls_was"] and rank["calls_cas"] for rank in ranks)
 
 
+@pytest.mark.skipif(
+    "CUDA_MPS_PIPE_DIRECTORY" in os.environ, reason="MPS gives no promise to clients when one is killed"
+)
 @pytest.mark.parametrize("backup", ["peer", "host"])
 def test_a_pool_with_backups_loses_no_request(work, backup):
     """A rank is killed in the middle; the other answers what it had, and every token is a replicated run's."""
