@@ -39,11 +39,12 @@ def used() -> dict[str, float]:
     }
 
 
-def draw(chance: random.Random, device: str) -> dict:
-    """One round's settings, the same on all ranks but for the mode."""
+def draw(chance: random.Random, device: str, early: bool) -> dict:
+    """One round's settings, the same on all ranks but for the mode. ``early``: CaS is to be used in it, so that it is loaded."""
     on_gpu = device == "cuda"
     redundancy = chance.choice((0, 1))
-    if on_gpu and os.environ.get("SIDP_P2P") == "ipc":  # refused: memory that goes with its process
+    # With backups there is no CaS on GPUs, and no memory that goes with its process.
+    if on_gpu and (early or os.environ.get("SIDP_P2P") == "ipc"):
         redundancy = 0
     return {
         "placement": chance.choice(("layer", "striped")),
@@ -125,12 +126,11 @@ def body(ctx, seed: int, device: str, end: float) -> dict:
         load_kernels(spec, torch_device)
     while True:
         round_end = time.time() + ROUND_S
-        settings = draw(shared, device)
+        early = rounds < len(_MODES)  # each mode once before what is in use is first looked at
+        settings = draw(shared, device, early)
         mode = own.choice(_MODES) if shared.random() < 0.7 else "was"
-        if rounds < len(_MODES):  # each once before what is in use is first looked at
+        if early:
             mode = _MODES[(rounds + ctx.rank) % len(_MODES)]
-            if device == "cuda":  # with backups there is no CaS on GPUs, whose kernels would then be loaded later
-                settings["redundancy"] = 0
         if device == "cuda" and settings["redundancy"] and mode == "cas":
             mode = "was"  # survival on GPUs is offered in WaS
         generator = torch.Generator().manual_seed(own.randrange(1 << 30))
@@ -157,8 +157,9 @@ def body(ctx, seed: int, device: str, end: float) -> dict:
         except (SidpError, RuntimeError) as error:  # torch's CUDA errors are RuntimeErrors
             seen, context = time.time(), not isinstance(error, PeerError)
             lost = who_took_the_context(pool, error) if context else error.rank
-            with contextlib.suppress(*((SidpError, RuntimeError) if context else (PeerError,))):
-                pool.close()  # on GPUs it tells of the same loss again
+            again = (SidpError, RuntimeError) if context else (PeerError,)  # on GPUs it tells of the same loss again
+            with contextlib.suppress(*again):
+                pool.close()
             return {**counted(), "lost": lost, "seen": seen, "context": context}
         stats = pool.stats()
         pool.close()
