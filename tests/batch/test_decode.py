@@ -239,8 +239,8 @@ class FakePool:
         pass
 
 
-def pooled_steps(pool, exact):
-    """Steps that are captured, by a graph that takes as long as its mode says: the engine, DecodeSteps, modes in order."""
+def replay(pool, exact, count):
+    """So many steps, captured in graphs that take as long as their mode says: the DecodeSteps, modes of replays in order."""
     engine, order = FakeEngine(limit=8, width=4), []
     engine.pages = {"a": [0]}
     steps = decode.DecodeSteps(engine, pool, PAGE, True, exact)
@@ -259,15 +259,15 @@ def pooled_steps(pool, exact):
         steps._graphs[key] = Graph(pool.pinned), {}
 
     steps._capture = capture
-    return engine, steps, order
+    for _ in range(count):
+        engine.step({"a": 3})
+        engine.prepare_batch_update()
+    return steps, order
 
 
 def test_where_the_pool_may_take_either_mode_both_are_captured_and_the_faster_is_replayed():
     pool = FakePool()
-    engine, steps, order = pooled_steps(pool, exact=False)
-    for _ in range(45):
-        engine.step({"a": 3})
-        engine.prepare_batch_update()
+    steps, order = replay(pool, exact=False, count=45)
     assert order[0] == "was" and order.count("was") == 12 and set(order[-15:]) == {"cas"}
     assert {key[-1] for key in steps._graphs} == {"was", "cas"} and pool.pinned is None
     figures = steps.figures()
@@ -275,9 +275,24 @@ def test_where_the_pool_may_take_either_mode_both_are_captured_and_the_faster_is
 
 
 def test_in_fixed_groups_no_mode_depends_on_timing():
-    pool = FakePool()
-    engine, steps, order = pooled_steps(pool, exact=True)
-    for _ in range(10):
-        engine.step({"a": 3})
-        engine.prepare_batch_update()
+    steps, order = replay(FakePool(), exact=True, count=10)
     assert order == [None] * 8 and len(steps._graphs) == 1
+
+
+def test_a_mode_that_cannot_be_captured_leaves_the_other_one(monkeypatch):
+    """Where the memory ends in the middle of a trial, steps go back to the graphs that there are."""
+
+    class NoMemory:
+        def capture_begin(self, **_):
+            raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", NoMemory)
+    pool = FakePool()
+    pool.best = lambda rows: "cas"
+    steps = decode.DecodeSteps(FakeEngine(limit=8, width=4), pool, PAGE, True, False)
+    steps.captures = True
+    monkeypatch.setattr(steps, "_count", lambda: {})
+    stream = type("Stream", (), {"synchronize": lambda self: None})()
+    assert steps._trials.mode(4) == "cas"
+    steps._capture((0, 4, 2, "cas"), (), stream)
+    assert not steps.captures and steps._trials.mode(4) == "was"

@@ -73,3 +73,12 @@ def test_steps_of_the_other_mode_that_were_under_way_are_not_counted():
     for _ in range(50):
         compared.add(32, "was", 1.0)
     assert compared.mode(32) == "cas"
+
+
+@pytest.mark.parametrize("mode", ["was", "cas"])
+def test_where_one_mode_is_ruled_out_the_other_one_stays(mode):
+    compared = trials()
+    compared.mode(32)
+    compared.rule_out(mode, 32)
+    other = "was" if mode == "cas" else "cas"
+    assert set(run(compared, 32, {mode: 0.1, other: 1.0})) == {other}

@@ -160,7 +160,8 @@ class DecodeSteps:
         longest = max(future.state.position_offset for future in laid_out.requests_in_batch)
         pages = 2 * round_up(-(-longest // self._page // 2), _LONGEST // self._page // 2)
         mode = "" if self._trials is None else self._trials.mode(rows)
-        key = (self._place, rows, pages, mode)
+        size = (self._place, rows, pages)
+        key = (*size, mode)
         with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
             self._running.append(("replayed_step" if key in self._graphs else "launched_step", launched, rows, mode))
             if key in self._graphs:
@@ -171,8 +172,8 @@ class DecodeSteps:
             attention.step.pages = pages
             args = (model, batch_data, *self._ios.get_cb_kwargs())
             self._runner._forward_process_and_sample(*args)
-            self._seen[key[:3]] += 1
-            if self.captures and self._seen[key[:3]] > 1:
+            self._seen[size] += 1
+            if self.captures and self._seen[size] > 1:
                 with self._pinned(mode):
                     self._capture(key, args, stream)
 
@@ -210,6 +211,8 @@ class DecodeSteps:
             raise
         except RuntimeError as error:  # torch.OutOfMemoryError among them
             self.captures = False
+            if self._trials is not None:
+                self._trials.rule_out(key[-1], key[1])  # the other mode may have its graph already
             logger.warning("sidp: decode steps run without CUDA graphs from now on: %s", error)
             return
         self._graphs[key] = graph, self._count() - before

@@ -74,19 +74,22 @@ class ModeTrials:
         trial.replays, trial.runs = 0, trial.runs + 1
         trial.mode = "was" if mode == "cas" else "cas"
         if trial.runs == 1 and mode == "cas" and self._expected(rows)[0] >= statistics.median(trial.seconds["cas"]):
-            self._keep_cas(rows)  # no step in WaS ends before its fetches
+            self._keep("cas", rows)  # no step in WaS ends before its fetches
         elif trial.runs == _RUNS:
             self._decide(rows, trial)
 
     def _decide(self, rows: int, trial: _Trial) -> None:
         was_s, cas_s = (statistics.median(trial.seconds[mode]) for mode in ("was", "cas"))
         logger.info("sidp: decode steps of %d rows: %.1f ms by WaS, %.1f ms by CaS", rows, 1e3 * was_s, 1e3 * cas_s)
-        if cas_s < (1 - _GAIN) * was_s:
-            self._keep_cas(rows)
-            return
-        del self._trials[rows]
-        self.was_from = min(rows, self.was_from or rows)
+        self._keep("cas" if cas_s < (1 - _GAIN) * was_s else "was", rows)
 
-    def _keep_cas(self, rows: int) -> None:
-        del self._trials[rows]
-        self.cas_up_to = max(rows, self.cas_up_to)
+    def rule_out(self, mode: str, rows: int) -> None:
+        """Steps of so many rows cannot be captured in this mode: the other one stays."""
+        self._keep("was" if mode == "cas" else "cas", rows)
+
+    def _keep(self, mode: str, rows: int) -> None:
+        self._trials.pop(rows, None)
+        if mode == "cas":
+            self.cas_up_to = max(rows, self.cas_up_to)
+        else:
+            self.was_from = min(rows, self.was_from or rows)
