@@ -1,11 +1,13 @@
 """Both engines on a tiny model: right tokens, per-request ends, sampling that depends on nothing but the request."""
 
+import contextlib
 import copy
 import dataclasses
 import itertools
 import json
 import time
 
+import numpy
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -181,6 +183,30 @@ def test_a_small_cache_preempts_and_the_tokens_stay(model, codec, sampling):
         engine.close()
     assert preemptions[0] > 0 and preemptions[1] == 0
     assert done[0] == done[1]
+
+
+def test_requests_wait_until_their_ends_fit_the_cache(model, codec):
+    """Longest first, as the board hands them out: many more of the mean length would fit than of the first ones."""
+    block = 2 * 2 * 16 * 4 * 32
+    tickets = [
+        ticket(i, chr(97 + i) * length, limit=30, max_tokens=30, ignore_eos=True)
+        for i, length in enumerate([90] * 4 + [50] * 4 + [5] * 16)
+    ]
+    costs = numpy.array([len(t.prompt) + t.limit for t in tickets])
+    changes = {"kv_bytes": 20 * block, "grouped": False, "max_batch": None, "mean_cost": int(costs.mean())}
+    with contextlib.closing(PagedEngine(model, codec, options(**changes))) as engine:
+        assert engine.request_limit >= 8
+        assert engine.fitting(costs) == 5 and engine.fitting(numpy.array([10**6, 1])) == 1  # of 20 pages
+        done, at, most, end = {}, 0, 0, time.monotonic() + 60
+        while len(done) < len(tickets):
+            assert time.monotonic() < end
+            count = engine.fitting(costs[at : at + max(0, engine.room())])
+            engine.submit(tickets[at : at + count])
+            at, most = at + count, max(most, engine.in_flight)
+            done |= {finished.ticket.item: finished.tokens for finished in engine.poll(0.05)}
+        assert engine.preemptions == 0 and 5 < most <= engine.request_limit
+        assert engine.fitting(costs) == 5
+    assert all(len(tokens) == 30 for tokens in done.values())
 
 
 # ---- pure parts -----------------------------------------------------------------------------------------------------

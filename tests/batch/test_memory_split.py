@@ -60,7 +60,7 @@ def test_ranks_get_even_parts_whoever_loads_first(tmp_path, gpus, dies, expected
     folders = [tmp_path / f"gpu{n}" for n in range(gpus)]
     for folder in folders:
         folder.mkdir()
-    Board.create(tmp_path / "board", 3, [(0, 1)])
+    Board.create(tmp_path / "board", 3, [(0, 1, 1)])
     context = multiprocessing.get_context("fork")
     replies = context.Queue()
     delays = [0.0, 0.5, 0.25]
@@ -84,7 +84,7 @@ def test_ranks_get_even_parts_whoever_loads_first(tmp_path, gpus, dies, expected
 
 
 def test_weights_that_leave_nothing_are_refused_by_name(tmp_path, monkeypatch):
-    Board.create(tmp_path / "board", 1, [(0, 1)])
+    Board.create(tmp_path / "board", 1, [(0, 1, 1)])
     board = Board(tmp_path / "board")
     board.join(0)
     for name in ("get_device_properties", "synchronize", "empty_cache", "mem_get_info"):

@@ -14,7 +14,7 @@ from sidp.errors import ConfigError, LayoutError
 
 def make(tmp_path, ranks, items):
     path = tmp_path / "board"
-    Board.create(path, ranks, [(10 * i, i + 1) for i in range(items)])
+    Board.create(path, ranks, [(10 * i, i + 1, 5 * i) for i in range(items)])
     return path
 
 
@@ -42,6 +42,18 @@ def test_items_go_out_in_order_and_once(tmp_path):
     assert not board.settle(4, lambda: wrote.append(3)) and wrote == [1]
     assert board.take(9) == [2, 3, 4] and board.take(1) == []
     assert board.counts() == {"free": 0, "taken": 4, "done": 1}
+
+
+def test_no_more_go_out_than_fit(tmp_path):
+    board, told = joined(make(tmp_path, 1, 6), 0), []
+
+    def fitting(costs):
+        told.append(costs.tolist())
+        return 2
+
+    assert board.take(4, fitting) == [0, 1] and board.take(9, fitting) == [2, 3]
+    assert told == [[0, 5, 10, 15], [10, 15, 20, 25]]
+    assert board.take(9, lambda costs: 0) == [] and board.counts()["free"] == 2
 
 
 def test_a_failed_write_leaves_the_item_taken(tmp_path):

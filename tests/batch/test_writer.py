@@ -123,7 +123,7 @@ def work(tmp_path, **options):
     spool = tmp_path / f"spool{len(list(tmp_path.iterdir()))}"
     made = prepare_work(source, output, spool, Defaults(max_tokens=10), **options)
     reader = Spool(spool)
-    requests = [reader.request(extent) for extent in made.extents]
+    requests = [reader.request(extent[:2]) for extent in made.extents]
     reader.close()
     return made, requests, output
 
@@ -131,7 +131,11 @@ def work(tmp_path, **options):
 def test_longest_first_and_bad_rows_answered_at_once(tmp_path):
     made, requests, output = work(tmp_path)
     assert [r.custom_id for r in requests] == ["row-5", "a", "row-1", "row-4"]
-    assert [r.cost() for r in requests] == sorted((r.cost() for r in requests), reverse=True)
+    assert (
+        [r.cost() for r in requests]
+        == [cost for _, _, cost in made.extents]
+        == sorted((r.cost() for r in requests), reverse=True)
+    )
     answers = [json.loads(text) for text in output.read_bytes().splitlines()]
     codes = [(a["custom_id"], a["response"]["body"]["error"]["code"]) for a in answers]
     assert codes == [("a", "duplicate_custom_id"), ("row-6", "invalid_type"), ("row-7", "invalid_json_line")]

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..errors import ConfigError, SidpError
@@ -93,6 +94,7 @@ class PagedEngine:
         self._codec = codec
         self._options = options
         self._tickets: dict[str, Ticket] = {}
+        self._reserved = 0  # pages that the requests in flight will hold at their ends
         self._failed: BaseException | None = None
         self.grouped = options.grouped
         self.preemptions = 0
@@ -120,7 +122,8 @@ class PagedEngine:
         if self._steps is not None:
             self._joining = max(1, min(self._batch_tokens // max(1, options.mean_cost), self.request_limit // 8))
         cache = self._manager.batch_processor.cache
-        self.kv_capacity = int(cache.num_blocks * page_of(self._manager.continuous_batching_config))
+        self._page, self._pages = page_of(self._manager.continuous_batching_config), int(cache.num_blocks)
+        self.kv_capacity = self._pages * self._page
         self._manager.start()
 
     def _make_manager(self, model):
@@ -162,12 +165,30 @@ class PagedEngine:
             return 0
         return min(free, self._ahead - self._waiting())
 
+    def fitting(self, costs: np.ndarray) -> int:
+        """How many requests of so many tokens, in this order, the KV cache has room for beside those in flight, at their ends.
+
+        transformers' engine looks at prompts alone when it admits a request, and later throws out those that find no page.
+        A fixed group is taken whole, in turns if it must be.
+        """
+        if self.grouped:
+            return len(costs)
+        pages = np.minimum(-(-costs // self._page), self._pages)
+        count = int(np.searchsorted(np.cumsum(pages), self._pages - self._reserved, side="right"))
+        return 0 if self._tickets and count < min(self._joining, len(costs)) else count
+
+    def _pages_of(self, ticket: Ticket) -> int:
+        """Pages at its end; an answer without a limit of its own, as `Request.cost` has it, counts for nothing."""
+        tokens = len(ticket.prompt) + (ticket.limit if ticket.request.max_tokens else 0)
+        return min(-(-tokens // self._page), self._pages)
+
     def submit(self, tickets: list[Ticket]) -> None:
         """Queue requests; in grouped mode all of them start in the same step."""
         states = []
         for ticket in tickets:
             key = str(ticket.item)
             self._tickets[key] = ticket
+            self._reserved += self._pages_of(ticket)
             states.append(request_state(self, key, ticket, self._codec))
         queue_all(self._manager, states)
 
@@ -178,6 +199,7 @@ class PagedEngine:
             for output in self._outputs(timeout_s):
                 ticket = self._tickets.pop(output.request_id, None)
                 if ticket is not None:
+                    self._reserved -= self._pages_of(ticket)
                     finished.append(Finished(ticket, list(output.generated_tokens), output.error))
         if self._manager.background_thread_status.local_status != 0 and any(f.error for f in finished):
             self._wait_for_end()
@@ -250,7 +272,7 @@ def _request_limit(model, page: int, options: EngineOptions) -> int:
     if options.grouped and options.max_batch is not None:
         return options.max_batch
     pages = options.kv_bytes // (kv_bytes_per_token(model) * page)
-    of_request = -(-options.mean_cost // page) + 1  # the engine is a page ahead of a request
+    of_request = -(-options.mean_cost // page)
     return min(options.max_batch or _MOST_REQUESTS, max(1, pages // of_request))
 
 

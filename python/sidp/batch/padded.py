@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
@@ -33,6 +35,9 @@ class PaddedEngine:
 
     def room(self) -> int:
         return 0 if self._batch else self.request_limit
+
+    def fitting(self, costs: Sequence[int]) -> int:
+        return len(costs)
 
     def submit(self, tickets: list[Ticket]) -> None:
         self._batch.extend(tickets)

@@ -40,7 +40,7 @@ RANK_FIELDS = (
 )  # fmt: skip
 _FIELD = {name: index for index, name in enumerate(RANK_FIELDS)}
 _HEADER = struct.Struct("<8sIIQQ")  # magic, version, ranks, items, failed rows of the input
-_MAGIC, _VERSION = b"SIDPBRD1", 1
+_MAGIC, _VERSION = b"SIDPBRD1", 2
 _HEADER_BYTES = 64
 _LOCK_AT = 1 << 40  # far behind the file's end, where bytes can be locked and not written
 _WAIT_S = 60.0
@@ -64,9 +64,9 @@ class Board:
             raise LayoutError(f"{path} is no board of this version of sidp: {error}") from error
 
     @staticmethod
-    def create(path: str | Path, world_size: int, extents: Sequence[tuple[int, int]]) -> None:
-        """A board for `world_size` ranks and one item for each (offset, bytes) of the spool, in the order of handing
-        out.
+    def create(path: str | Path, world_size: int, extents: Sequence[tuple[int, int, int]]) -> None:
+        """A board for `world_size` ranks and one item for each (offset, bytes) of the spool, with the tokens that it will hold,
+        in the order of handing out.
         """
         items = len(extents)
         with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
@@ -79,15 +79,15 @@ class Board:
     def _parse(self) -> None:
         magic, version, self.world_size, self.items, _ = _HEADER.unpack_from(self._map)
         row, width = 8 * len(RANK_FIELDS), 8
-        expected = _HEADER_BYTES + row * self.world_size + (2 * width + 8) * self.items
+        expected = _HEADER_BYTES + row * self.world_size + (3 * width + 8) * self.items
         if magic != _MAGIC or version != _VERSION or expected != len(self._map):
             raise LayoutError(f"magic {magic!r}, version {version}, {len(self._map)} bytes, expected {expected}")
         at = _HEADER_BYTES
         shape = (self.world_size, len(RANK_FIELDS))
         self._ranks = np.frombuffer(self._map, np.float64, shape[0] * shape[1], at).reshape(shape)
         at += row * self.world_size
-        self._extents = np.frombuffer(self._map, np.int64, 2 * self.items, at).reshape(self.items, 2)
-        at += 2 * width * self.items
+        self._extents = np.frombuffer(self._map, np.int64, 3 * self.items, at).reshape(self.items, 3)
+        at += 3 * width * self.items
         self._states = np.frombuffer(self._map, np.int32, self.items, at)
         self._attempts = np.frombuffer(self._map, np.int32, self.items, at + 4 * self.items)
 
@@ -158,15 +158,19 @@ class Board:
 
     def extent(self, item: int) -> tuple[int, int]:
         """(offset, bytes) of the item in the spool."""
-        offset, size = self._extents[item].tolist()
+        offset, size, _ = self._extents[item].tolist()
         return offset, size
 
-    def take(self, count: int) -> list[int]:
-        """Up to `count` free items, first in the order of handing out; empty where none is free."""
+    def take(self, count: int, fitting: Callable[[np.ndarray], int] | None = None) -> list[int]:
+        """Up to `count` free items, first in the order of handing out; empty where none is free.
+
+        `fitting` is told the tokens of each and answers how many of them to take.
+        """
         if count <= 0:
             return []
         with self.lock():
-            items = np.flatnonzero(self._states == FREE)[:count].tolist()
+            items = np.flatnonzero(self._states == FREE)[:count]
+            items = items[: len(items) if fitting is None else fitting(self._extents[items, 2])].tolist()
             self._states[items] = self.rank + 1
             self._attempts[items] += 1
         return items

@@ -16,15 +16,17 @@ from .responses import row_error_line
 
 @dataclass(frozen=True)
 class Work:
-    """What a run has to do. `extents`: (offset, bytes) of each request in the spool file, longest first."""
+    """What a run has to do. `extents`: (offset, bytes) of each request in the spool file and the tokens it will hold at its end,
+    about; longest first.
+    """
 
     rows: int
     done_before: int
     refused: int
-    extents: list[tuple[int, int]] = field(repr=False)
+    extents: list[tuple[int, int, int]] = field(repr=False)
     samples: bool = False  # some request needs more than the most likely token
     filters: bool = False  # some request has top_p or top_k
-    mean_cost: int = 0  # tokens a request will hold at its end, about
+    mean_cost: int = 0  # tokens of a request
 
 
 def prepare_work(
@@ -91,13 +93,13 @@ def _answer(output: str | Path, refused: list[Row]) -> None:
         file.close()
 
 
-def _write_spool(spool: str | Path, requests: list[Request]) -> list[tuple[int, int]]:
+def _write_spool(spool: str | Path, requests: list[Request]) -> list[tuple[int, int, int]]:
     extents, offset = [], 0
     with open(os.open(spool, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
         for request in requests:
             line = request.to_json()
             file.write(line)
-            extents.append((offset, len(line)))
+            extents.append((offset, len(line), request.cost()))
             offset += len(line)
     return extents
 

@@ -132,7 +132,7 @@ class _Loop:
 
     def _feed(self) -> bool:
         """Take what the engine has room for; True where the board gave something."""
-        items = self.board.take(self._wish())
+        items = self.board.take(self._wish(), self.engine.fitting)
         tickets = [ticket for item in items if (ticket := self._ticket(item)) is not None]
         if tickets:
             self.engine.submit(tickets)
