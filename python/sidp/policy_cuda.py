@@ -23,6 +23,7 @@ from .policy import Chooser, Profile, build_model
 _COMPUTE_ROWS = (1, 16, 64, 128, 256, 512, 1024, 2048)
 _SERVED_ROWS = (1, 8, 32, 64, 128)
 _REPEATS = 5
+_HEAD_START_CYCLES = 5_000_000  # some 3 ms
 _ROUND_TRIP_S = 3e-6  # between two GPUs, beyond what a request to one's own server takes
 _LINK_BYTES = 128 << 20
 _SAMPLE_EVERY = 16  # iterations
@@ -38,8 +39,12 @@ def loads_lazily() -> bool:
 
 
 def _seconds(run: Callable[[], object]) -> float:
-    """Median time on the device, after one run that is not counted."""
+    """Median time on the device, after one run that is not counted.
+
+    The device sleeps until all runs are enqueued: a small FFN would be timed by what the host takes to launch it.
+    """
     run()
+    torch.cuda._sleep(_HEAD_START_CYCLES)
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(_REPEATS + 1)]
     marks[0].record()
     for mark in marks[1:]:
