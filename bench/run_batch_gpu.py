@@ -237,7 +237,9 @@ def main() -> None:
         "--suite", choices=("ranks", "host"), default="ranks", help="of one GPU: ranks that share it, or host memory"
     )
     parser.add_argument("--budget-s", type=float, default=200.0, help="no row starts that would not end within it")
-    parser.add_argument("--rows", nargs="+", metavar="TEXT", help="only rows whose names hold one of these")
+    parser.add_argument(
+        "--rows", nargs="+", metavar="TEXT", help="only rows of these names, or whose names hold a text that is no name"
+    )
     parser.add_argument("--answer", type=int, metavar="N", help="answers of N tokens in every row, to shorten it")
     parser.add_argument("--eager", action="store_true", help="without CUDA graphs, in every row")
     parser.add_argument("--json", metavar="FILE", help="write the results there")
@@ -247,7 +249,9 @@ def main() -> None:
         rows = node(args.devices, 141_000_000_000 if args.dry_run else device_memory())
     else:
         rows = two_gpus() if args.devices == 2 else host_tier() if args.suite == "host" else one_gpu()
-    rows = [row for row in rows if not args.rows or any(text in row.name for text in args.rows)]
+    if args.rows:
+        names = {row.name for row in rows}
+        rows = [r for r in rows if any(text == r.name or (text not in names and text in r.name) for text in args.rows)]
     if args.answer:
         rows = [shortened(row, args.answer) for row in rows]
     if args.eager:

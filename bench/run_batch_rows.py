@@ -39,7 +39,12 @@ def one_gpu() -> list[Row]:
         "14B x2 identity replicated", "14B x2 identity", "Qwen3-14B", 2, False, 32, 64, 24, 16, layers=6, ranks_per_gpu=2,
         options=("--batching", "grouped", "--group-size", "8"),
     )  # fmt: skip
-    long = replace(fourteen, requests=64)
+    middle = replace(
+        fourteen, name="14B x2 2K replicated", pair="14B x2 2K", requests=100, prompt=1536, answer=512, estimate_s=90
+    )
+    long = replace(
+        fourteen, name="14B x2 4K replicated", pair="14B x2 4K", requests=50, prompt=3584, answer=512, estimate_s=85
+    )
     return [
         fourteen,
         _pooled(fourteen, 65),
@@ -47,10 +52,10 @@ def one_gpu() -> list[Row]:
         _pooled(eight, 55),
         same,
         _pooled(same, 16),
-        replace(long, name="14B x2 2K replicated", pair="14B x2 2K", prompt=1536, answer=512, estimate_s=60),
-        _pooled(replace(long, name="14B x2 2K replicated", pair="14B x2 2K", prompt=1536, answer=512), 45),
-        replace(long, name="14B x2 4K replicated", pair="14B x2 4K", prompt=3584, answer=512, estimate_s=90),
-        _pooled(replace(long, name="14B x2 4K replicated", pair="14B x2 4K", prompt=3584, answer=512), 60),
+        middle,
+        _pooled(middle, 65),
+        long,
+        _pooled(long, 60),
     ]
 
 
@@ -97,11 +102,11 @@ def node(gpus: int, memory: int) -> list[Row]:
         short = replace(short, name=f"{name} replicated", pair=name, utilization=0.9)
     long = replace(
         short, name=short.name.replace("1K", "4K"), pair=short.pair.replace("1K", "4K"), prompt=3584, answer=512,
-        requests=36 * gpus, estimate_s=200,
+        requests=36 * gpus, estimate_s=135,
     )  # fmt: skip
     large = Row(f"70B {here} 1K replicated", f"70B {here} 1K", "Llama-3.1-70B", gpus, False, 64 * gpus, 768, 256, 25)
     rows = []
-    for row, estimate_s in ((short, 75), (large, 80), (long, 150)):
+    for row, estimate_s in ((short, 75), (large, 80), (long, 95)):
         striped = _pooled(row, estimate_s, "auto")
         striped = replace(striped, name=striped.name + " striped", options=(*striped.options, "--placement", "striped"))
         rows += [row, _pooled(row, estimate_s, "was"), _pooled(row, estimate_s, "auto"), striped]
