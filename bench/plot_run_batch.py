@@ -1,7 +1,7 @@
 """Draw what bench/run_batch_gpu.py measured: python bench/plot_run_batch.py RESULTS.json [MORE.json ...] OUT.png
 
-One group of bars a pair of rows: KV tokens, peak batch, output tokens/s and the tail, each against the first row of its
-pair where that one ran. Rows without figures are named below.
+One group of bars a pair of rows: KV tokens, peak batch, output tokens/s, each against the first row of its pair where that
+one ran, and the tail in seconds. Rows without figures in any file are named below.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ def draw(measured: str, rows: list[dict], target: str) -> None:
         _bars(panel, pairs, key, unit, colours)
         panel.set_title(f"{title}{f', {word}' if word else ''}", loc="left", fontsize=10)
     handles = [pyplot.Rectangle((0, 0), 1, 1, color=colour) for colour in colours.values()]
-    without = "; ".join(f"{row['name']}: {row['status'].split(':')[0]}" for row in rows if row["status"] != "ok")
+    drawn = {row["name"] for row in rows if row["status"] == "ok"}
+    without = "; ".join(f"{row['name']}: {row['status'].split(':')[0]}" for row in rows if row["name"] not in drawn)
     figure.legend(
         handles, colours, loc="outside lower center", ncols=len(colours), frameon=False, fontsize=9,
         title=without or None, title_fontsize=7,
@@ -79,6 +80,8 @@ def _bars(panel, pairs: dict[str, list[dict]], key: str, unit: float, colours: d
             panel.bar(at, row[key] / unit, color=colour, width=0.9)
             ratio = row[key] / rows[0][key] if rows[0][key] else 0.0
             text = f"{row[key] / unit:,.4g}" if row is rows[0] or not ratio else f"{ratio:.2f}x"
+            if key == "tail_s":
+                text = f"{row[key]:.1f}"
             panel.text(at, row[key] / unit, text, ha="center", va="bottom", fontsize=8)
             at += 1
         at += 0.7
