@@ -198,6 +198,9 @@ def _figures(summary: dict) -> dict:
             for name in ranks[0]
             if "step" in name or "capture" in name
         },
+        "cas_up_to_rows": [rank["cas_up_to_rows"] for rank in ranks],
+        "was_from_rows": [rank["was_from_rows"] for rank in ranks],
+        "timeline": summary["timeline"],
         "load_s": round(max(rank["load_seconds"] for rank in ranks), 1),
     }
 

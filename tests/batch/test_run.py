@@ -1,6 +1,7 @@
 """`sidp run-batch` end to end over real processes: pooled against replicated, deaths, resume, torchrun."""
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -78,6 +79,10 @@ def test_pooled_replicated_and_torchrun_give_the_same_tokens(tmp_path):
         assert summary["requests"] == {"input": 11, "done_before": 0, "succeeded": 10, "failed": 1, "unanswered": 0}
         assert summary["output_tokens"] == sum(6 + i % 7 for i in range(10))
         assert summary["failed_ranks"] == {} and summary["pool_active"] == (name != "replicated")
+        timeline = summary["timeline"]
+        samples = [dict(zip(timeline["columns"], row, strict=True)) for row in timeline["rows"]]
+        assert samples and samples[-1]["seconds"] <= summary["seconds"] + 1
+        assert all(a["output_tokens"] <= b["output_tokens"] for a, b in itertools.pairwise(samples))
         assert sum(rank["succeeded"] for rank in summary["per_rank"]) == 10  # which rank did which is up to timing
         if name != "replicated":
             assert summary["mode_shares"]["was"] > 0 and all(r["freed_bytes"] > 0 for r in summary["per_rank"])

@@ -59,11 +59,37 @@ def describe(now: Snapshot, before: Snapshot) -> str:
     return ", ".join(parts)
 
 
-class Progress:
-    """A thread that shows the board: a tqdm bar on a terminal, log lines elsewhere. Use it as a context manager."""
+class Timeline:
+    """A run in a few hundred samples, however long it is: where there are too many, every second one goes."""
 
-    def __init__(self, board: Board, show: bool = True) -> None:
-        self._board = board
+    MOST = 512
+    COLUMNS = ("running", "kv_tokens", "output_tokens", "calls_local", "calls_was", "calls_cas", "stall_seconds")
+
+    def __init__(self) -> None:
+        self._rows: list[list[float]] = []
+        self._begin = time.monotonic()
+        self._every, self._seen = 1, 0
+
+    def add(self, now: Snapshot) -> None:
+        if self._seen % self._every == 0:
+            figures = [round(now.sum(name), 3) for name in self.COLUMNS]
+            self._rows.append([round(now.when - self._begin, 2), now.answered, *figures])
+            if len(self._rows) > self.MOST:
+                self._rows, self._every = self._rows[::2], 2 * self._every
+        self._seen += 1
+
+    def table(self) -> dict[str, list]:
+        """`columns`: seconds since the start, requests answered, figures summed over the ranks; `rows`: one list a sample."""
+        return {"columns": ["seconds", "answered", *self.COLUMNS], "rows": self._rows}
+
+
+class Progress:
+    """A thread that follows the board into a timeline and shows it: a tqdm bar on a terminal, log lines elsewhere. Use it as a
+    context manager.
+    """
+
+    def __init__(self, board: Board, timeline: Timeline, show: bool = True) -> None:
+        self._board, self._timeline = board, timeline
         self._bar = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="sidp-progress", daemon=True)
@@ -95,6 +121,7 @@ class Progress:
 
     def _update(self, last: bool) -> None:
         now = Snapshot.of(self._board)
+        self._timeline.add(now)
         if self._bar is not None:
             self._bar.update(now.answered - self._bar.n)
             self._bar.set_postfix_str(describe(now, self._last))
@@ -193,7 +220,7 @@ class _Collector:
 # ---- the end ------------------------------------------------------------------------------------------------------
 
 
-def summarise(board: Board, job, work, seconds: float, failures: dict[int, str]) -> dict[str, Any]:
+def summarise(board: Board, timeline: Timeline, job, work, seconds: float, failures: dict[int, str]) -> dict[str, Any]:
     """The run as plain values, for JSON. Rates are over the time from the first request taken to the last settled;
     the tail is the part of it with fewer than 5 % of the requests left.
     """
@@ -230,4 +257,5 @@ def summarise(board: Board, job, work, seconds: float, failures: dict[int, str])
         "ring_stall_seconds": round(last.sum("stall_seconds"), 4),
         "failed_ranks": {str(rank): reason for rank, reason in failures.items()},
         "per_rank": [{name: rank[name] for name in RANK_FIELDS} for rank in last.ranks],
+        "timeline": timeline.table(),
     }

@@ -63,9 +63,9 @@ def run(options: Options) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="sidp-batch-") as scratch:
         job, work = _prepare(options, Path(scratch))
         begin = time.monotonic()
-        with _watched(job, options) as board:
+        with _watched(job, options) as (board, timeline):
             failures = _launch(job, options) if work.extents else {}
-            return metrics.summarise(board, job, work, time.monotonic() - begin, failures)
+            return metrics.summarise(board, timeline, job, work, time.monotonic() - begin, failures)
 
 
 def run_in_torchrun(options: Options) -> dict[str, Any] | None:
@@ -102,11 +102,11 @@ def _lead(options: Options, context: RankContext, world: int, store) -> dict[str
             raise
         store.set(_JOB_KEY, b"job\0" + job.to_json() if work.extents else b"none\0")
         begin = time.monotonic()
-        with _watched(job, options) as board:
+        with _watched(job, options) as (board, timeline):
             if work.extents:
                 serve(context, job)
                 _wait_for_others(board)
-            return metrics.summarise(board, job, work, time.monotonic() - begin, {})
+            return metrics.summarise(board, timeline, job, work, time.monotonic() - begin, {})
 
 
 def _wait_for_others(board: Board) -> None:
@@ -154,7 +154,8 @@ def _prepare(options: Options, scratch: Path, world: int | None = None) -> tuple
 
 
 @contextlib.contextmanager
-def _watched(job: Job, options: Options) -> Iterator[Board]:
+def _watched(job: Job, options: Options) -> Iterator[tuple[Board, metrics.Timeline]]:
+    timeline = metrics.Timeline()
     with contextlib.closing(Board(job.board)) as board, contextlib.ExitStack() as stack:
         if options.metrics_port is not None:
             server = metrics.serve_metrics(board, job.model_name, options.metrics_host, options.metrics_port)
@@ -163,8 +164,8 @@ def _watched(job: Job, options: Options) -> Iterator[Board]:
                 host, port = server[0].server_address[:2]
                 metrics.say(f"metrics on http://{host}:{port}/metrics")
         if board.items:
-            stack.enter_context(metrics.Progress(board, options.progress))
-        yield board
+            stack.enter_context(metrics.Progress(board, timeline, options.progress))
+        yield board, timeline
 
 
 def _launch(job: Job, options: Options) -> dict[int, str]:

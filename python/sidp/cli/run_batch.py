@@ -139,7 +139,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace, batch, summary: dict) -> int:
-    text = json.dumps(summary)
+    told = {name: value for name, value in summary.items() if args.summary or name != "timeline"}  # too long to be read
+    text = json.dumps(told)
     if args.summary:
         with open(args.summary, "w", encoding="utf-8") as file:
             file.write(text + "\n")
