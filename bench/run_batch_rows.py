@@ -75,7 +75,8 @@ def host_tier() -> list[Row]:
 def two_gpus() -> list[Row]:
     """One rank on each GPU, over the link between them."""
     large = Row("32B x2 1K replicated", "32B x2 1K", "Qwen3-32B", 2, False, 224, 768, 256, 90)
-    tight = _tight(2, 110)
+    # The room for a cache that 80 GB cards have, on cards of 141 GB; as many requests as the pool takes at once.
+    tight = Row("32B x2 1K at 0.55 replicated", "32B x2 1K at 0.55", "Qwen3-32B", 2, False, 280, 768, 256, 110, 0.55)
     capped = Row("14B x2 1K at 0.6 replicated", "14B x2 1K at 0.6", "Qwen3-14B", 2, False, 256, 768, 256, 50, 0.6)
     return [
         large,
@@ -94,29 +95,27 @@ def two_gpus() -> list[Row]:
 
 
 def node(gpus: int, memory: int) -> list[Row]:
-    """One rank on each of `gpus` GPUs of `memory` bytes. 32B as 80 GB cards have it, and 70B, which no rank can hold alone."""
+    """One rank on each of `gpus` GPUs of `memory` bytes. 32B as 80 GB cards have it, and 70B, which no rank of them can hold alone."""
     here = f"x{gpus}"
-    short = _tight(gpus, 75)
-    if memory < 100e9:
-        name = f"32B {here} 1K"
-        short = replace(short, name=f"{name} replicated", pair=name, utilization=0.9)
-    long = replace(
-        short, name=short.name.replace("1K", "4K"), pair=short.pair.replace("1K", "4K"), prompt=3584, answer=512,
-        requests=36 * gpus, estimate_s=135,
-    )  # fmt: skip
-    large = Row(f"70B {here} 1K replicated", f"70B {here} 1K", "Llama-3.1-70B", gpus, False, 64 * gpus, 768, 256, 25)
+    # On 80 GB four batches of a replicated rank, and no more than one of a pooled rank of four.
+    utilization = 0.9 if memory < 100e9 else 0.55
+    short = Row(
+        f"32B {here} 1K replicated", f"32B {here} 1K", "Qwen3-32B", gpus, False, 136 * gpus, 768, 256, 85, utilization
+    )
+    middle = _longer(short, "2K", 1536, 512, 68 * gpus, 125)
+    long = _longer(short, "4K", 3584, 512, 32 * gpus, 135)
+    large = Row(f"70B {here} 1K replicated", f"70B {here} 1K", "Llama-3.1-70B", gpus, False, 28 * gpus, 768, 256, 25)
     rows = []
-    for row, estimate_s in ((short, 75), (large, 80), (long, 95)):
+    for row, estimate_s in ((short, 80), (large, 80), (middle, 105), (long, 95)):
         striped = _pooled(row, estimate_s, "auto")
         striped = replace(striped, name=striped.name + " striped", options=(*striped.options, "--placement", "striped"))
         rows += [row, _pooled(row, estimate_s, "was"), _pooled(row, estimate_s, "auto"), striped]
     return rows
 
 
-def _tight(gpus: int, estimate_s: float) -> Row:
-    """32B with the room for the cache that 80 GB cards have, on cards of 141 GB; as many requests as a pool of two takes at once."""
-    name = f"32B x{gpus} 1K at 0.55"
-    return Row(f"{name} replicated", name, "Qwen3-32B", gpus, False, 140 * gpus, 768, 256, estimate_s, 0.55)
+def _longer(row: Row, length: str, prompt: int, answer: int, requests: int, estimate_s: float) -> Row:
+    name, pair = (text.replace("1K", length) for text in (row.name, row.pair))
+    return replace(row, name=name, pair=pair, prompt=prompt, answer=answer, requests=requests, estimate_s=estimate_s)
 
 
 def _pooled(row: Row, estimate_s: float, mode: str = "") -> Row:
