@@ -173,14 +173,17 @@ class PagedEngine:
         """
         if self.grouped:
             return len(costs)
-        pages = np.minimum(-(-costs // self._page), self._pages)
-        count = int(np.searchsorted(np.cumsum(pages), self._pages - self._reserved, side="right"))
+        count = int(np.searchsorted(np.cumsum(self._pages_for(costs)), self._pages - self._reserved, side="right"))
         return 0 if self._tickets and count < min(self._joining, len(costs)) else count
 
     def _pages_of(self, ticket: Ticket) -> int:
         """Pages at its end; an answer without a limit of its own, as `Request.cost` has it, counts for nothing."""
         tokens = len(ticket.prompt) + (ticket.limit if ticket.request.max_tokens else 0)
-        return min(-(-tokens // self._page), self._pages)
+        return int(self._pages_for(tokens))
+
+    def _pages_for(self, tokens: np.ndarray | int) -> np.ndarray:
+        """No more than there are: longer requests are refused before they run."""
+        return np.minimum(-(-tokens // self._page), self._pages)
 
     def submit(self, tickets: list[Ticket]) -> None:
         """Queue requests; in grouped mode all of them start in the same step."""
