@@ -39,12 +39,8 @@ def one_gpu() -> list[Row]:
         "14B x2 identity replicated", "14B x2 identity", "Qwen3-14B", 2, False, 32, 64, 24, 16, layers=6, ranks_per_gpu=2,
         options=("--batching", "grouped", "--group-size", "8"),
     )  # fmt: skip
-    middle = replace(
-        fourteen, name="14B x2 2K replicated", pair="14B x2 2K", requests=100, prompt=1536, answer=512, estimate_s=90
-    )
-    long = replace(
-        fourteen, name="14B x2 4K replicated", pair="14B x2 4K", requests=50, prompt=3584, answer=512, estimate_s=85
-    )
+    middle = _longer(fourteen, "2K", 1536, 512, 100, 90)
+    long = _longer(fourteen, "4K", 3584, 512, 50, 85)
     return [
         fourteen,
         _pooled(fourteen, 65),
