@@ -54,30 +54,6 @@ def test_the_kernel_against_float64(window):
         q_at, k_at = q_at + q_len, k_at + k_len
 
 
-@pytest.mark.parametrize("heads", [4, 20])
-def test_decode_in_place_against_float64(heads):
-    """Keys in pages anywhere in a cache; lengths around a page's end; rows that only fill up the batch."""
-    kv_heads, width, page = 4, 128, attention.DECODE_PAGE
-    lengths = [1, page - 1, page, page + 1, random.randrange(2, 6 * page), 5 * page, 0, 0]
-    order = random.sample(range(64), 64)
-    table = torch.full((len(lengths), 9), -1, dtype=torch.int32)
-    for row, length in enumerate(lengths):
-        for place in range(-(-length // page)):
-            table[row, place] = order.pop()
-    keys, values = torch.randn(2, 64 * page, kv_heads, width, device="cuda", dtype=torch.bfloat16)
-    query = torch.randn(len(lengths), heads, width, device="cuda", dtype=torch.bfloat16)
-    ends = torch.tensor([0, *lengths]).cumsum(0).int().cuda()
-    plan = attention.plan_decode(table.cuda(), ends, 6, page, heads // kv_heads)
-    got = attention.attend(query, keys, values, plan, page, width**-0.5)
-    for row, length in enumerate(lengths):
-        of = row if length else 0
-        index = [int(table[of, at // page]) * page + at % page for at in range(lengths[of])]
-        k, v = (t[index].double().repeat_interleave(heads // kv_heads, 1) for t in (keys, values))
-        weights = (torch.einsum("hd,khd->hk", query[row].double(), k) * width**-0.5).softmax(-1)
-        expected = torch.einsum("hk,khd->hd", weights, v)
-        assert (got[row].double() - expected).norm() <= 0.01 * expected.norm(), f"row {row} of {length} keys"
-
-
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
     folder = tmp_path_factory.mktemp("work")

@@ -14,6 +14,7 @@ A captured step keeps the mode (WaS or CaS) that it was captured with; where the
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import time
 from collections import Counter, deque
@@ -110,6 +111,7 @@ class DecodeSteps:
             self._table = torch.full(self._ios.block_table.shape, -1, dtype=torch.int32, pin_memory=pinned)
             self._rows = [None] * self._table.shape[1]
             self._fill_other, cache.fill_block_table = cache.fill_block_table, self._fill
+        attention.set_single_apart(cache)
         self._compute_other = self._runner.compute_batch
         self._take_tokens = self._ios.prepare_batch_update
         self._runner.maybe_pad_inputs = self._pad
@@ -153,7 +155,8 @@ class DecodeSteps:
         launched = time.perf_counter()
         if not laid_out.use_block_table:
             self._running.append(("prompt_step", launched, rows, ""))
-            self._compute_other(model, batch_data)
+            with self._single_apart(laid_out.requests_in_batch):
+                self._compute_other(model, batch_data)
             return
         if self._runner.supports_logits_to_keep(model):
             batch_data["logits_to_keep"] = batch_data["logits_indices"]
@@ -169,13 +172,25 @@ class DecodeSteps:
                 graph.replay()
                 self.calls.update(calls)
                 return
-            attention.step.pages = pages
+            attention.step.longest = pages * self._page
             args = (model, batch_data, *self._ios.get_cb_kwargs())
             self._runner._forward_process_and_sample(*args)
             self._seen[size] += 1
             if self.captures and self._seen[size] > 1:
                 with self._pinned(mode):
                     self._capture(key, args, stream)
+
+    @staticmethod
+    @contextlib.contextmanager
+    def _single_apart(futures: list) -> Iterator[None]:
+        """Requests that go before a step's prompts, with one token each, are attention.py's to compute apart in here."""
+        keys = [future.state.position_offset for future in itertools.takewhile(lambda f: f.query_length == 1, futures)]
+        step = attention.step
+        step.single, step.single_keys, step.single_longest = len(keys), sum(keys), max(keys, default=0)
+        try:
+            yield
+        finally:
+            step.single = 0
 
     def _make_trials(self, exact: bool) -> ModeTrials | None:
         """None where the mode is settled, and where no token may depend on timing."""
