@@ -6,7 +6,7 @@
 #   modes    (360 s)  run-batch at 1K: 32B replicated, by WaS alone and switching; the modes over time (bench/run_batch_gpu.py)
 #   batch    (540 s)  run-batch: 32B at 2K replicated and pooled, 70B at 1K pooled
 #   long     (540 s)  run-batch at 4K: 32B replicated and pooled
-#   profile  (120 s)  where a decode step of 32B goes, in mode auto (bench/step_profile.py)
+#   profile  (120 s)  where steps of 32B go, in mode auto (bench/step_profile.py)
 set -u
 cd "$(dirname "$0")/.."
 export PYTHONPATH="$PWD/python:$PWD/bench${PYTHONPATH:+:$PYTHONPATH}"
@@ -37,7 +37,7 @@ case $step in
   profile)
     python3 - "$n" >"$out/in.jsonl" <<'END'
 import json, random, sys
-for n in range(64 * int(sys.argv[1])):
+for n in range(136 * int(sys.argv[1])):
     prompt = [random.randrange(1, 150000) for _ in range(768)]
     print(json.dumps({"id": f"r{n}", "prompt": prompt, "max_tokens": 90, "ignore_eos": True}))
 END

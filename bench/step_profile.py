@@ -1,11 +1,12 @@
-"""Where a decode step of `sidp run-batch` goes on GPUs: its kernels, its fetches, and how fast the link is beside them.
+"""Where the steps of `sidp run-batch` go on GPUs: its kernels, its fetches, and how fast the link is beside them.
 
     torchrun --nproc-per-node 2 bench/step_profile.py FOLDER -i in.jsonl -o out.jsonl --model Qwen3-32B --load-format dummy --mode was
     python bench/step_profile.py FOLDER                       # the report again
 
-Each rank runs as `sidp run-batch` with the words behind FOLDER, and has torch's profiler look at STEPS decode steps after the first
-AFTER, which writes FOLDER/rank<N>.json.gz (a Chrome trace). Of those the report says, by rank: a step's time, how much of it
-some kernel or some large copy runs, kernels by kind, and GB/s of the copies while kernels run here and while none does.
+Each rank runs as `sidp run-batch` with the words behind FOLDER, and has torch's profiler look at STEPS steps with prompts and at as
+many decode steps, after the first ones (AFTER), which writes FOLDER/prompts<N>.json.gz and decode<N>.json.gz (Chrome traces). Of
+each the report says: a step's time, how much of it some kernel or some large copy runs, kernels by kind, and GB/s of the
+copies while kernels run here and while none does.
 """
 
 from __future__ import annotations
@@ -18,39 +19,53 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-AFTER, STEPS = 60, 5
+AFTER, STEPS = {"prompts": 20, "decode": 60}, 5
 _LARGE = 1 << 24  # bytes; a fetch
 _KINDS = (  # the first whose text is in a kernel's name
-    ("serving CaS", "serve_"), ("asking by CaS", "sidp::cas"), ("ring", "sidp::cache"), ("attention", "flash"), ("products", "nvjet"),
+    ("serving CaS", "serve_"), ("asking by CaS", "sidp::cas"), ("ring", "sidp::cache"), ("attention", "flash"), ("attention", "_attend"), ("attention", "_join_kernel"), ("products", "nvjet"),
     ("products", "gemm"), ("products", "splitK"), ("sums", "reduce_kernel"), ("elementwise", "elementwise"),
 )  # fmt: skip
 
 
 def watch_steps(folder: Path) -> None:
-    """From here on this rank's engine is profiled in its steps AFTER ... AFTER + STEPS. CUDA is not begun: run-batch has settings for it."""
-    from torch.profiler import ProfilerActivity, profile
-
+    """From here on this rank's engine is profiled in `STEPS` steps of each kind. CUDA is not begun: run-batch has settings for it."""
     from sidp.batch import decode
 
     take_tokens = decode.DecodeSteps._tokens
+    waiting = {"prompts": ("prompt_steps",), "decode": ("replayed_steps", "launched_steps")}
     looking: dict = {}
 
     def tokens(self):
         taken = take_tokens(self)
-        steps = self.times["replayed_steps"] + self.times["launched_steps"]
-        if not looking and steps >= AFTER:
-            looking.update(
-                profiler=profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]), until=steps + STEPS
-            )
-            looking["profiler"].__enter__()
-        elif "profiler" in looking and steps >= looking["until"]:
-            profiler = looking.pop("profiler")
-            profiler.__exit__(None, None, None)
-            folder.mkdir(parents=True, exist_ok=True)
-            profiler.export_chrome_trace(str(folder / f"rank{os.environ['RANK']}.json.gz"))
+        if looking:
+            kind = looking["kind"]
+            if sum(self.times[name] for name in looking["names"]) >= looking["until"]:
+                _end(looking.pop("profiler"), folder / f"{kind}{os.environ['RANK']}.json.gz")
+                looking.clear()
+        else:
+            for kind, names in waiting.items():
+                steps = sum(self.times[name] for name in names)
+                if steps >= AFTER[kind]:
+                    del waiting[kind]
+                    looking.update(profiler=_begin(), kind=kind, names=names, until=steps + STEPS)
+                    break
         return taken
 
     decode.DecodeSteps._tokens = tokens
+
+
+def _begin():
+    from torch.profiler import ProfilerActivity, profile
+
+    profiler = profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
+    profiler.__enter__()
+    return profiler
+
+
+def _end(profiler, path: Path) -> None:
+    profiler.__exit__(None, None, None)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    profiler.export_chrome_trace(str(path))
 
 
 def covered(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -125,12 +140,12 @@ def main() -> int:
         status = command(["run-batch", *args.words])
         if os.environ["RANK"] != "0":
             return status
-    traces = sorted(args.folder.glob("rank*.json.gz"))
+    traces = sorted(args.folder.glob("*.json.gz"))
     for path in traces:
         report(path)
     if not traces:
         print(
-            f"no traces in {args.folder}: it needs {AFTER + STEPS} decode steps of an engine that keeps them apart",
+            f"no traces in {args.folder}: it needs an engine that keeps decode steps apart, and more than {AFTER} steps",
             file=sys.stderr,
         )
         return 1
