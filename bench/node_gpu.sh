@@ -4,7 +4,8 @@
 #   dry      (60 s)   small shapes; on a machine with fewer than N GPUs under an MPS of its own
 #   group    (180 s)  incast, the tail's ladder, CaS over rows, the choice (bench/group_gpu.py)
 #   modes    (360 s)  run-batch at 1K: 32B replicated, by WaS alone and switching; the modes over time (bench/run_batch_gpu.py)
-#   batch    (540 s)  run-batch: 32B at 2K replicated and pooled, 70B at 1K pooled
+#   batch    (420 s)  run-batch at 2K: 32B replicated and pooled
+#   large    (420 s)  run-batch at 1K: 70B by tensor parallelism of pairs (bench/run_batch_tp.py) and pooled at TP=1
 #   long     (540 s)  run-batch at 4K: 32B replicated and pooled
 #   profile  (120 s)  where steps of 32B go, in mode auto (bench/step_profile.py)
 set -u
@@ -32,7 +33,8 @@ case $step in
       --cross-rows 64 128 256 384 512 768 --budget-s 150 --json "$out/group.json" ;;
   modes) batch modes 350 "32B x$n 1K replicated" "32B x$n 1K pooled was" "32B x$n 1K pooled auto"
     python3 bench/plot_timeline.py "$out/modes.json" "$out/modes.png" ;;
-  batch) batch batch 530 "32B x$n 2K replicated" "32B x$n 2K pooled auto" "70B x$n 1K pooled auto" ;;
+  batch) batch batch 410 "32B x$n 2K replicated" "32B x$n 2K pooled auto" ;;
+  large) batch large 410 "70B x$n 1K TP=2 x DP=$((n / 2))" "70B x$n 1K pooled auto" ;;
   long) batch long 530 "32B x$n 4K replicated" "32B x$n 4K pooled auto" ;;
   profile)
     python3 - "$n" >"$out/in.jsonl" <<'END'

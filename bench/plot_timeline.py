@@ -16,7 +16,7 @@ _NAMES = {"local": "local", "was": "WaS", "cas": "CaS"}
 
 
 def timelines(paths: list[str]) -> dict[str, list[dict[str, float]]]:
-    """Samples by run, from the last one without a token to the first one with all."""
+    """Samples by run, whose name says its output tokens/s, from the last one without a token to the first one with all."""
     found = {}
     for path in paths:
         told = json.loads(Path(path).read_text())
@@ -29,7 +29,8 @@ def timelines(paths: list[str]) -> dict[str, list[dict[str, float]]]:
             last = next(
                 n for n, sample in enumerate(samples) if sample["output_tokens"] == samples[-1]["output_tokens"]
             )
-            found[row.get("name") or Path(path).stem] = samples[max(0, first - 1) : last + 1]
+            name = f"{row.get('name') or Path(path).stem}: {row['output_tokens_per_s']:,.0f} output tokens/s"
+            found[name] = samples[max(0, first - 1) : last + 1]
     return {name: samples for name, samples in found.items() if len(samples) > 1}
 
 
@@ -63,8 +64,7 @@ def draw(runs: dict[str, list[dict[str, float]]], target: str) -> None:
         )
         batch.set_ylim(bottom=0)
         batch.set_ylabel("requests at once", fontsize=8)
-        rate = (samples[-1]["output_tokens"] - samples[0]["output_tokens"]) / max(times[-1], 1e-9)
-        panel.set_title(f"{name}: {rate:,.0f} output tokens/s", loc="left", fontsize=10)
+        panel.set_title(name, loc="left", fontsize=10)
     panels[-1, 0].set_xlabel("seconds")
     handles, names = panels[0, 0].get_legend_handles_labels()
     line, of_line = batch.get_legend_handles_labels()

@@ -58,7 +58,6 @@ class Bench:
         result |= summary
         result["row_s"] = round(time.monotonic() - begin, 1)
         self._compare(row, folder / "out.jsonl", result)
-        self._predict(row, folder, result)
         return result
 
     def _execute(self, row: Row, folder: Path, limit_s: float) -> dict:
@@ -74,6 +73,8 @@ class Bench:
         program = ["-m", "sidp.cli", "run-batch"]
         if row.offload:
             program = [str(HERE / "run_batch_offload.py")]
+        if row.tp > 1:
+            program = [str(HERE / "run_batch_tp.py"), "--tp", str(row.tp)]
         process = subprocess.Popen(
             [sys.executable, *program, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
@@ -127,17 +128,22 @@ class Bench:
     def _compare(self, row: Row, output: Path, result: dict) -> None:
         """With the first row of the pair: requests whose answers are equal, and tokens before the first difference."""
         mine = {name: answer.text for name, answer in answers_of(output).items()}
-        first = self.answers.setdefault(row.pair, mine)
-        if first is mine:
+        # Tensor parallelism adds in another order: the others are not compared with it.
+        first = self.answers.get(row.pair) if row.tp > 1 else self.answers.setdefault(row.pair, mine)
+        if first is None or first is mine:
             return
         both = [name for name in mine if name in first]
         result["same_answers"] = f"{sum(mine[name] == first[name] for name in both)} of {len(both)}"
         prefixes = [_common(mine[name].split(), first[name].split()) / row.answer for name in both]
         result["same_tokens"] = round(sum(prefixes) / max(1, len(prefixes)), 4)
 
-    def _predict(self, row: Row, folder: Path, result: dict) -> None:
-        """What `sidp plan` says of the KV tokens, from the config, the device's memory and a context's size."""
-        if self.args.dry_run or row.offload or "--host-tier" in row.options:
+    def predict(self, row: Row, result: dict) -> None:
+        """What `sidp plan` says of the KV tokens, from the config, the device's memory and a context's size.
+
+        To measure the latter takes 20 s, once for pooled rows and once for others, which `--no-plan` saves.
+        """
+        skipped = self.args.dry_run or self.args.no_plan or result["status"] != "ok"
+        if skipped or row.offload or row.tp > 1 or "--host-tier" in row.options:
             return
         from sidp.planner.capacity import Deployment, pooled, replicated
         from sidp.planner.gpus import GPU
@@ -147,7 +153,7 @@ class Bench:
         eager = row.pooled and several and not {"was", "--enforce-eager"} & set(row.options)  # as run-batch decides
         context, memory = self._device(row.ranks_per_gpu, eager)
         deployment = Deployment(
-            model=load_model(str(self._model(row, folder))),
+            model=load_model(str(self._model(row, Path(tempfile.mkdtemp(dir=self.scratch))))),
             gpu=GPU("measured", memory, 3e12, 6e14, 3.75e11, "this device"),
             dp=row.ranks,
             seq=row.prompt + row.answer,
@@ -245,6 +251,7 @@ def main() -> None:
     )
     parser.add_argument("--answer", type=int, metavar="N", help="answers of N tokens in every row, to shorten it")
     parser.add_argument("--eager", action="store_true", help="without CUDA graphs, in every row")
+    parser.add_argument("--no-plan", action="store_true", help="do not compare KV tokens with sidp plan's")
     parser.add_argument("--json", metavar="FILE", help="write the results there")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU")
     args = parser.parse_args()
@@ -267,12 +274,18 @@ def main() -> None:
         bench = Bench(args, Path(scratch))
         for row in rows:
             results.append(bench.run(row))
-            shown = ("name", "status", "row_s", "load_s")
+            shown = ("name", "status", "output_tokens_per_s", "row_s", "load_s")
             print(json.dumps({key: results[-1].get(key) for key in shown}), flush=True)
-            if args.json:
-                report = {"environment": environment(args.dry_run), "rows": results}
-                Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
+            _keep(results, args)
+            bench.predict(row, results[-1])
+            _keep(results, args)
     print_table(results)
+
+
+def _keep(results: list[dict], args: argparse.Namespace) -> None:
+    if args.json:
+        report = {"environment": environment(args.dry_run), "rows": results}
+        Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ class Row:
     options: tuple[str, ...] = ()
     offload: str = ""  # "accelerate": a replicated rank whose FFN weights accelerate keeps in host memory
     ranks_per_gpu: int = 1
+    tp: int = 1  # GPUs of a replica, not pooled, with tensor parallelism; `ranks` counts GPUs there
     tags: tuple[str, ...] = field(default=(), repr=False)
 
 
@@ -94,18 +95,32 @@ def node(gpus: int, memory: int) -> list[Row]:
     """One rank on each of `gpus` GPUs of `memory` bytes. 32B as 80 GB cards have it, and 70B, which no rank of them can hold alone."""
     here = f"x{gpus}"
     # On 80 GB four batches of a replicated rank, and no more than one of a pooled rank of four.
-    utilization = 0.9 if memory < 100e9 else 0.55
+    utilization = 0.9 if memory < 100e9 else 0.51
     short = Row(
         f"32B {here} 1K replicated", f"32B {here} 1K", "Qwen3-32B", gpus, False, 136 * gpus, 768, 256, 85, utilization
     )
     middle = _longer(short, "2K", 1536, 512, 68 * gpus, 125)
     long = _longer(short, "4K", 3584, 512, 32 * gpus, 135)
-    large = Row(f"70B {here} 1K replicated", f"70B {here} 1K", "Llama-3.1-70B", gpus, False, 28 * gpus, 768, 256, 25)
+    large = Row(
+        f"70B {here} 1K replicated",
+        f"70B {here} 1K",
+        "Llama-3.1-70B",
+        gpus,
+        False,
+        28 * gpus,
+        768,
+        256,
+        25,
+        utilization,
+    )
     rows = []
     for row, estimate_s in ((short, 80), (large, 80), (middle, 105), (long, 95)):
         striped = _pooled(row, estimate_s, "auto")
         striped = replace(striped, name=striped.name + " striped", options=(*striped.options, "--placement", "striped"))
-        rows += [row, _pooled(row, estimate_s, "was"), _pooled(row, estimate_s, "auto"), striped]
+        rows.append(row)
+        if row is large:
+            rows.append(replace(row, name=f"70B {here} 1K TP=2 x DP={gpus // 2}", tp=2, estimate_s=90))
+        rows += [_pooled(row, estimate_s, "was"), _pooled(row, estimate_s, "auto"), striped]
     return rows
 
 
