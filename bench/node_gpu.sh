@@ -39,9 +39,9 @@ case $step in
   profile)
     python3 - "$n" >"$out/in.jsonl" <<'END'
 import json, random, sys
-for n in range(136 * int(sys.argv[1])):
+for n in range(136 * int(sys.argv[1])):  # 51 steps with prompts, then 60 without: all of them are still there to be looked at
     prompt = [random.randrange(1, 150000) for _ in range(768)]
-    print(json.dumps({"id": f"r{n}", "prompt": prompt, "max_tokens": 90, "ignore_eos": True}))
+    print(json.dumps({"id": f"r{n}", "prompt": prompt, "max_tokens": 160, "ignore_eos": True}))
 END
     timeout -k 5 110 torchrun --nproc-per-node "$n" bench/step_profile.py "$out/steps" -i "$out/in.jsonl" -o "$out/out.jsonl" \
       --overwrite --model Qwen3-32B --load-format dummy --max-batch 512 --mode auto --backend cuda --gpu-memory-utilization 0.85 ;;

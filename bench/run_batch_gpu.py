@@ -48,7 +48,7 @@ class Bench:
         left = self.end - time.monotonic()
         if left < row.estimate_s:
             return {**result, "status": f"skipped: {left:.0f} s left, about {row.estimate_s:.0f} needed"}
-        folder = Path(tempfile.mkdtemp(dir=self.scratch))
+        folder = self._folder(row)
         begin = time.monotonic()
         try:
             limit_s = left if self.args.dry_run else min(left, 2 * row.estimate_s)
@@ -59,6 +59,11 @@ class Bench:
         result["row_s"] = round(time.monotonic() - begin, 1)
         self._compare(row, folder / "out.jsonl", result)
         return result
+
+    def _folder(self, row: Row) -> Path:
+        folder = self.scratch / row.name.replace("/", " of ")
+        folder.mkdir(exist_ok=True)
+        return folder
 
     def _execute(self, row: Row, folder: Path, limit_s: float) -> dict:
         self._write_input(row, folder / "in.jsonl")
@@ -153,7 +158,7 @@ class Bench:
         eager = row.pooled and several and not {"was", "--enforce-eager"} & set(row.options)  # as run-batch decides
         context, memory = self._device(row.ranks_per_gpu, eager)
         deployment = Deployment(
-            model=load_model(str(self._model(row, Path(tempfile.mkdtemp(dir=self.scratch))))),
+            model=load_model(str(self._model(row, self._folder(row)))),
             gpu=GPU("measured", memory, 3e12, 6e14, 3.75e11, "this device"),
             dp=row.ranks,
             seq=row.prompt + row.answer,
@@ -269,6 +274,12 @@ def main() -> None:
     if args.dry_run:
         rows = [small(row) for row in rows]
     results: list[dict] = []
+    report = {"environment": environment(args.dry_run), "rows": results}
+
+    def keep() -> None:
+        if args.json:
+            Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
+
     shared = not args.dry_run and args.devices == 1 and args.suite == "ranks"
     with tempfile.TemporaryDirectory(prefix="sidp-bench-") as scratch, mps(shared):
         bench = Bench(args, Path(scratch))
@@ -276,16 +287,10 @@ def main() -> None:
             results.append(bench.run(row))
             shown = ("name", "status", "output_tokens_per_s", "row_s", "load_s")
             print(json.dumps({key: results[-1].get(key) for key in shown}), flush=True)
-            _keep(results, args)
+            keep()  # before what takes longer, for a run that is cut short
             bench.predict(row, results[-1])
-            _keep(results, args)
+            keep()
     print_table(results)
-
-
-def _keep(results: list[dict], args: argparse.Namespace) -> None:
-    if args.json:
-        report = {"environment": environment(args.dry_run), "rows": results}
-        Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

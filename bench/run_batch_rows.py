@@ -101,25 +101,17 @@ def node(gpus: int, memory: int) -> list[Row]:
     )
     middle = _longer(short, "2K", 1536, 512, 68 * gpus, 125)
     long = _longer(short, "4K", 3584, 512, 32 * gpus, 135)
-    large = Row(
-        f"70B {here} 1K replicated",
-        f"70B {here} 1K",
-        "Llama-3.1-70B",
-        gpus,
-        False,
-        28 * gpus,
-        768,
-        256,
-        25,
-        utilization,
-    )
+    large = replace(
+        short, name=f"70B {here} 1K replicated", pair=f"70B {here} 1K", model="Llama-3.1-70B", requests=28 * gpus, estimate_s=25
+    )  # fmt: skip
     rows = []
     for row, estimate_s in ((short, 80), (large, 80), (middle, 105), (long, 95)):
         striped = _pooled(row, estimate_s, "auto")
         striped = replace(striped, name=striped.name + " striped", options=(*striped.options, "--placement", "striped"))
         rows.append(row)
         if row is large:
-            rows.append(replace(row, name=f"70B {here} 1K TP=2 x DP={gpus // 2}", tp=2, estimate_s=90))
+            name = row.name.replace("replicated", f"TP=2 x DP={gpus // 2}")
+            rows.append(replace(row, name=name, tp=2, estimate_s=90))
         rows += [_pooled(row, estimate_s, "was"), _pooled(row, estimate_s, "auto"), striped]
     return rows
 

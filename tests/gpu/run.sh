@@ -57,7 +57,7 @@ for part in "${parts[@]}"; do
     cas) with_mps pytest 230 "$here/test_cas_cuda.py" ;;
     survival) pytest 230 "$here/test_survival_cuda.py" ;;
     batch)
-      with_mps pytest 290 -k "not backups" "$here/test_run_batch_cuda.py"
+      with_mps pytest 290 -k "not backups" "$here/../batch/test_paged_attention.py" "$here/test_run_batch_cuda.py"
       pytest 180 -k backups "$here/test_run_batch_cuda.py"
       ;;
     sanitize) sanitize ;;
