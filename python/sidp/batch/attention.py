@@ -169,7 +169,7 @@ def _pages(cache, layer: int):
     return group, cache.key_cache[place].view(*shape), cache.value_cache[place].view(*shape)
 
 
-def set_single_apart(cache) -> None:
+def copy_prompts_alone(cache) -> None:
     """Have the engine's cache copy keys and values out only for the prompts of a step; decodes_in_place says for which models.
 
     A kernel that works on blocks of queries is slow with one query: 136 requests with 800 keys each beside a prompt took as long
@@ -179,12 +179,12 @@ def set_single_apart(cache) -> None:
         return  # older engines leave the update to varlen_attention
     update = cache.update
 
-    def prompts_alone(key, value, layer, kwargs):
+    def update_for_prompts(key, value, layer, kwargs):
         if step.single:
             _set_single_apart(cache, layer, kwargs)
         return update(key, value, layer, kwargs)
 
-    cache.update = prompts_alone
+    cache.update = update_for_prompts
 
 
 def _set_single_apart(cache, layer: int, kwargs) -> None:

@@ -111,7 +111,7 @@ class DecodeSteps:
             self._table = torch.full(self._ios.block_table.shape, -1, dtype=torch.int32, pin_memory=pinned)
             self._rows = [None] * self._table.shape[1]
             self._fill_other, cache.fill_block_table = cache.fill_block_table, self._fill
-        attention.set_single_apart(cache)
+        attention.copy_prompts_alone(cache)
         self._compute_other = self._runner.compute_batch
         self._take_tokens = self._ios.prepare_batch_update
         self._runner.maybe_pad_inputs = self._pad
